@@ -1,0 +1,1 @@
+"""Ground floor: errors, configuration, ranks, seeds, storage, logs. Knows nothing above it."""

@@ -1,0 +1,236 @@
+"""Strict configuration: YAML + `key.path=value` overrides + pydantic, with errors a person can act on.
+
+One YAML is one run. `include: [other.yaml]` is read one level deep, later files win, the file itself wins over its
+includes, the command line wins over all. Unknown keys, wrong types and impossible pairs are collected into one
+`ConfigError` that names the file, the key, the value and the nearest valid keys. This is the only module that reads YAML.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from dstrain.base.errors import ConfigError
+
+
+class Config(BaseModel):
+    """Base of every room's configuration: unknown keys refused, no silent conversions, immutable."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `1e-4` as a number (YAML 1.2), where YAML 1.1 makes it a string, and refuses double keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)  # type: ignore[no-untyped-call]
+            if isinstance(key, (str, int, float, bool)) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+            if isinstance(key, (str, int, float, bool)):
+                seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def parse_yaml(text: str, *, source: str) -> Any:
+    """Parse YAML text into plain Python objects.
+
+    Raises:
+        ConfigError: the text is not valid YAML; the message names `source` and the line.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader subclass: builds plain objects only)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise ConfigError(f"{source}{where}: not valid YAML: {problem}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read one YAML file and its `include` list (one level deep) into a nested dict.
+
+    Raises:
+        ConfigError: the file is missing, unreadable, or not a mapping.
+    """
+    data = _read_mapping(path)
+    includes = data.pop("include", [])
+    if isinstance(includes, str):
+        includes = [includes]
+    merged: dict[str, Any] = {}
+    for name in includes:
+        part = _read_mapping(path.parent / name)
+        if "include" in part:
+            raise ConfigError(f"{path.parent / name}: an included file cannot include others; list them all in {path}")
+        merged = merge(merged, part)
+    return merge(merged, data)
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=3)
+        hint = f" Did you mean {', '.join(str(path.parent / n) for n in near)}?" if near else ""
+        raise ConfigError(f"{path}: no such configuration file.{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a UTF-8 configuration file: {error}") from None
+    data = parse_yaml(text, source=str(path))
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: a configuration is a mapping of keys, found {type(data).__name__}")
+    return data
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` overlaid with `over`; mappings merge key by key, everything else is replaced."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        result[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Turn `["train.max_steps=100", "data.path=x"]` into a nested dict; values are read as YAML.
+
+    Raises:
+        ConfigError: an override has no `=` or an empty key part.
+    """
+    result: dict[str, Any] = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not all(parts):
+            raise ConfigError(f"override {text!r}: write key.path=value, for example train.max_steps=100")
+        nested: Any = parse_yaml(value, source=f"override {text!r}") if value.strip() else None
+        for part in reversed(parts):
+            nested = {part: nested}
+        result = merge(result, nested)
+    return result
+
+
+def load_config(model: type[ConfigT], path: Path | None, overrides: Sequence[str] = ()) -> ConfigT:
+    """Read, merge and validate a run's configuration.
+
+    Args:
+        model: the pydantic model of the whole run.
+        path: the YAML file, or None for defaults and overrides only.
+        overrides: `key.path=value` strings from the command line.
+
+    Raises:
+        ConfigError: with every problem found, one a line.
+    """
+    data = read_yaml(path) if path is not None else {}
+    data = merge(data, parse_overrides(overrides))
+    return validate(model, data, source=str(path) if path is not None else "command line")
+
+
+def validate(model: type[ConfigT], data: Mapping[str, Any], *, source: str) -> ConfigT:
+    """Validate plain data against `model`; JSON rules, so lists fit tuples and strings fit paths, numbers stay strict.
+
+    Raises:
+        ConfigError: with every problem found, one a line.
+    """
+    try:
+        return model.model_validate_json(json.dumps(data, default=str))
+    except ValidationError as error:
+        lines = sorted({_explain(model, problem, data) for problem in error.errors()})
+        raise ConfigError("\n".join(f"{source}: {line}" for line in lines)) from None
+
+
+def to_plain(config: BaseModel) -> dict[str, Any]:
+    """The resolved configuration as JSON-able data, defaults included."""
+    data: dict[str, Any] = config.model_dump(mode="json")
+    return data
+
+
+def dump_yaml(data: Mapping[str, Any]) -> str:
+    """Plain data as YAML text with keys in their given order."""
+    return str(yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=120))
+
+
+def _explain(model: type[Config], problem: ErrorDetails, data: Mapping[str, Any]) -> str:
+    location = [part for part in problem["loc"] if not _is_union_tag(part, problem)]
+    key = ".".join(str(part) for part in location) or "(top level)"
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        return f"{key}: unknown key.{_suggest(model, location, data)}"
+    if kind == "missing":
+        return f"{key}: this key is required and missing"
+    if kind == "value_error":
+        message = str(problem.get("ctx", {}).get("error", problem["msg"]))
+        return f"{key}: {message}" if location else message
+    value = problem.get("input")
+    shown = "" if isinstance(value, (dict, list)) and len(str(value)) > 80 else f" (got {value!r})"
+    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}{shown}"
+
+
+def _is_union_tag(part: Any, problem: ErrorDetails) -> bool:
+    # pydantic puts the chosen union member into the location; people never typed it.
+    return isinstance(part, str) and (part.endswith("Config") or part.startswith(("function-", "tagged-")))
+
+
+def _suggest(model: type[Config], location: Sequence[Any], data: Mapping[str, Any]) -> str:
+    owner: Any = model
+    for part in location[:-1]:
+        owner = _field_model(owner, part)
+    names = _field_names(owner)
+    near = difflib.get_close_matches(str(location[-1]), names, n=3, cutoff=0.5)
+    if near:
+        return f" Did you mean {' or '.join(near)}?"
+    elsewhere = [p for p in _all_keys(model) if p.split(".")[-1] == str(location[-1])]
+    if elsewhere:
+        return f" Did you mean {' or '.join(elsewhere[:3])}?"
+    return f" Valid keys here: {', '.join(sorted(names))}" if names else ""
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+        return [m for arg in typing.get_args(annotation) for m in _models_in(arg)]
+    return []
+
+
+def _field_model(owner: Any, part: Any) -> Any:
+    for model in owner if isinstance(owner, list) else [owner]:
+        field = getattr(model, "model_fields", {}).get(part)
+        if field is not None:
+            return _models_in(field.annotation)
+    return owner
+
+
+def _field_names(owner: Any) -> list[str]:
+    models = owner if isinstance(owner, list) else [owner]
+    return sorted({name for model in models for name in getattr(model, "model_fields", {})})
+
+
+def _all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        for inner in _models_in(field.annotation):
+            keys.extend(_all_keys(inner, f"{prefix}{name}."))
+    return keys

@@ -1,0 +1,144 @@
+"""Who am I among the ranks: one reading of the environment for deepspeed, torchrun, srun and plain python.
+
+Does not start any process group; `train.engine` does that with the values found here. A World is passed to whoever
+needs it: there is no module state.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+
+from dstrain.base.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all processes of the job."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    master_addr: str = "127.0.0.1"
+    master_port: int = 29500
+    launcher: str = "python"
+    """Which starter was recognised: python, deepspeed, torchrun or srun."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, the one that speaks."""
+        return self.rank == 0
+
+    def export(self, environment: MutableMapping[str, str]) -> None:
+        """Write the five variables torch and DeepSpeed read, so that no other discovery (mpi4py) is tried."""
+        environment.update(
+            RANK=str(self.rank),
+            WORLD_SIZE=str(self.size),
+            LOCAL_RANK=str(self.local_rank),
+            LOCAL_SIZE=str(self.local_size),
+            MASTER_ADDR=self.master_addr,
+            MASTER_PORT=str(self.master_port),
+        )
+
+
+def world_from_environment(environment: Mapping[str, str] | None = None, *, local_rank: int | None = None) -> World:
+    """Find rank and world from what the launcher set.
+
+    Args:
+        environment: defaults to the process environment.
+        local_rank: the `--local_rank` argument that `deepspeed` injects; checked against LOCAL_RANK.
+
+    Raises:
+        ConfigError: the variables contradict each other.
+    """
+    env = os.environ if environment is None else environment
+    if "RANK" in env and "WORLD_SIZE" in env:
+        world = _from_torch(env)
+    elif int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
+        world = _from_slurm(env)
+    else:
+        world = World(master_port=free_port())
+    if not 0 <= world.rank < world.size:
+        raise ConfigError(f"RANK={world.rank} is outside WORLD_SIZE={world.size}: check the launcher's environment")
+    if local_rank is not None and local_rank not in (-1, world.local_rank):
+        raise ConfigError(f"--local_rank={local_rank} contradicts LOCAL_RANK={world.local_rank} from the environment")
+    return world
+
+
+def _from_torch(env: Mapping[str, str]) -> World:
+    size = int(env["WORLD_SIZE"])
+    return World(
+        rank=int(env["RANK"]),
+        size=size,
+        local_rank=int(env.get("LOCAL_RANK", env["RANK"])),
+        local_size=int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", size))),
+        master_addr=env.get("MASTER_ADDR", "127.0.0.1"),
+        master_port=int(env.get("MASTER_PORT", "29500")),
+        launcher="torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed" if "CROSS_RANK" in env else "environment",
+    )
+
+
+def _from_slurm(env: Mapping[str, str]) -> World:
+    nodes = expand_nodelist(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "localhost"))
+    tasks = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", "1")
+    # One port per job, the same on all ranks without talking: the job id spreads jobs over the dynamic range.
+    port = int(env.get("MASTER_PORT", 20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+    return World(
+        rank=int(env["SLURM_PROCID"]),
+        size=int(env["SLURM_NTASKS"]),
+        local_rank=int(env.get("SLURM_LOCALID", "0")),
+        local_size=_tasks_on_node(tasks, int(env.get("SLURM_NODEID", "0"))),
+        master_addr=env.get("MASTER_ADDR", nodes[0]),
+        master_port=port,
+        launcher="srun",
+    )
+
+
+def _tasks_on_node(text: str, node: int) -> int:
+    """Read SLURM's `4(x2),2`: tasks on each node, run-length encoded."""
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match is None:
+            raise ConfigError(f"SLURM_TASKS_PER_NODE={text!r} is not of the form 4(x2),2")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts[min(node, len(counts) - 1)]
+
+
+def expand_nodelist(text: str) -> list[str]:
+    """Expand SLURM's compressed host list: `a[1-3,07]b,c` becomes `[a1b, a2b, a3b, a07b, c]`.
+
+    Raises:
+        ConfigError: brackets do not match or a range is not numeric.
+    """
+    hosts: list[str] = []
+    for item in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", text):
+        hosts += _expand_brackets(item)
+    if not hosts or text.count("[") != text.count("]"):
+        raise ConfigError(f"SLURM node list {text!r} cannot be read")
+    return hosts
+
+
+def _expand_brackets(item: str) -> list[str]:
+    match = re.search(r"\[([^\]]*)\]", item)
+    if match is None:
+        return [item]
+    results: list[str] = []
+    for part in match[1].split(","):
+        low, _, high = part.partition("-")
+        if not low.isdigit() or (high and not high.isdigit()):
+            raise ConfigError(f"SLURM node list part {item!r} cannot be read")
+        for number in range(int(low), int(high or low) + 1):
+            results += _expand_brackets(item[: match.start()] + str(number).zfill(len(low)) + item[match.end() :])
+    return results
+
+
+def free_port() -> int:
+    """A TCP port that is free on this host now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

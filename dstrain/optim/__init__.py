@@ -1,0 +1,1 @@
+"""Parameter groups, schedules and optimizers as functions of configuration and progress."""

@@ -1,0 +1,1 @@
+"""The one loop and the one engine (DeepSpeed, on a CPU too)."""
