@@ -7,15 +7,49 @@ makes it from `cu_seqlens`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 IGNORED_LABEL = -100
 """A target that counts for nothing (torch's cross-entropy convention)."""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The tokens of one micro-batch before corruption; all arrays (T,), segments back to back."""
+
+    tokens: npt.NDArray[np.int64]
+    """Ids, frame included."""
+    frame: npt.NDArray[np.bool_]
+    """True on the special tokens that frame a piece."""
+    uid: npt.NDArray[np.int64]
+    """Identity of the document: block number · 2^24 + document in block; never depends on packing."""
+    position: npt.NDArray[np.int64]
+    """Token's position in its document (0 on frames)."""
+    word: npt.NDArray[np.int64] | None
+    """Position in the document of the first token of this token's word, where the tokenizer tells."""
+    epoch: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Corrupted:
+    """What the objective made of the pieces."""
+
+    tokens: npt.NDArray[np.int64]
+    """(T,) model input."""
+    targets: npt.NDArray[np.int64]
+    """(M,) indices to score, M may be 0."""
+    labels: npt.NDArray[np.int64]
+    """(M,) true ids there."""
+
+
+Corrupt = Callable[[Pieces], Corrupted]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from pydantic import Field
 
 from dstrain.base.config import Config
 from dstrain.base.errors import CheckpointError
-from dstrain.base.protocols import IGNORED_LABEL, MicroBatch, StepData
+from dstrain.base.protocols import IGNORED_LABEL, Corrupt, MicroBatch, Pieces, StepData
 from dstrain.base.world import World
 from dstrain.data.order import ORDER_VERSION, mix64
 from dstrain.data.packing import PACKER_VERSION, Packing, pack
@@ -47,38 +47,6 @@ class DataConfig(Config):
     """Steps made ahead by a background thread; 0 makes each step when it is asked for. Never changes the order."""
     cache_bytes: int = Field(default=1 << 30, ge=1 << 20)
     """Decoded blocks kept in memory per rank, in bytes."""
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """The tokens of one micro-batch before corruption; all arrays (T,), segments back to back."""
-
-    tokens: Int64
-    """Ids, frame included."""
-    frame: npt.NDArray[np.bool_]
-    """True on the special tokens that frame a piece."""
-    uid: Int64
-    """Identity of the document: block number · 2^24 + document in block; never depends on packing."""
-    position: Int64
-    """Token's position in its document (0 on frames)."""
-    word: Int64 | None
-    """Position in the document of the first token of this token's word, where the tokenizer tells."""
-    epoch: Int64
-
-
-@dataclass(frozen=True)
-class Corrupted:
-    """What the objective made of the pieces."""
-
-    tokens: Int64
-    """(T,) model input."""
-    targets: Int64
-    """(M,) indices to score, M may be 0."""
-    labels: Int64
-    """(M,) true ids there."""
-
-
-Corrupt = Callable[[Pieces], Corrupted]
 
 
 @dataclass(frozen=True)

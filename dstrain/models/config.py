@@ -1,0 +1,55 @@
+"""What a model is in a run's configuration, and the facts a built model tells about itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from dstrain.base.config import Config
+
+
+class ModelConfig(Config):
+    """A Hugging Face encoder, built from scratch or from existing weights."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    """Which family of code builds the model."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """The fields of its transformers configuration, `model_type` among them: bert, roberta, electra, distilbert, albert,
+    modernbert, deberta-v2 and every other type that has a ...ForMaskedLM class. `vocab_size` follows the tokenizer."""
+    init_from: str | None = None
+    """A run folder, a checkpoint folder or a Hugging Face folder to take weights (and, where `config` is empty, the
+    architecture) from. None starts from random weights."""
+    attention: Literal["auto", "unpadded", "padded"] = "auto"
+    """unpadded: one flat row, attention inside documents only, nothing computed on padding. padded: one padded row per
+    document, for models outside transformers' attention interface. auto: unpadded where a self-check proves it equal."""
+    pad_vocab_to: int = Field(default=8, ge=1)
+    """Round the embedding up to a multiple of this; 64 suits GPU matrix kernels, 1 keeps the tokenizer's size exactly."""
+
+    @model_validator(mode="after")
+    def _something(self) -> ModelConfig:
+        if not self.config and self.init_from is None:
+            raise ValueError("give config.model_type (and its sizes) for a model from scratch, or init_from for an existing one")
+        if self.config and "model_type" not in self.config and self.init_from is None:
+            raise ValueError("config.model_type is missing: for example bert, roberta, modernbert")
+        return self
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What other rooms need to know about a built model."""
+
+    num_parameters: int
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    gated: bool
+    """Whether the feed-forward has a third matrix (GLU)."""
+    max_positions: int | None
+    """Longest segment the position embeddings allow; None where positions are relative."""
+    attention: str
+    """unpadded or padded, as chosen."""
+    attention_reason: str
+    """Why, in words."""

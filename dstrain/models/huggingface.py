@@ -1,0 +1,399 @@
+"""The door to transformers: any `...ForMaskedLM` or `...ForSequenceClassification`, fed flat micro-batches.
+
+Unpadded models run on one row of back-to-back segments, through transformers' own attention interface; models outside that
+interface get one padded row per segment. Either way the head runs on the targets only: a forward hook on the base model
+replaces its last hidden state by the rows to be scored, and the model's own head does the rest. Positions restart at each
+segment. Does not compute losses and never runs code that came with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+from dstrain.base.errors import ConfigError
+from dstrain.base.logs import get_logger
+from dstrain.base.protocols import MicroBatch
+from dstrain.models.attention import SegmentLayout, segment_attention, segment_layout
+from dstrain.models.config import ModelConfig, ModelFacts
+
+ATTENTION_NAME = "dstrain_segments"
+
+_LOG = get_logger(__name__)
+_SELF_CHECK_TOLERANCE = 1e-4
+
+
+class MaskedLanguageModel(nn.Module):
+    """A Hugging Face masked-LM model: a micro-batch in, (M, vocab) logits at its targets out."""
+
+    def __init__(self, model: PreTrainedModel, *, attention: str = "auto") -> None:
+        """Wrap a model and choose how it is fed.
+
+        Args:
+            model: a `...ForMaskedLM`.
+            attention: auto, unpadded or padded.
+
+        Raises:
+            ConfigError: unpadded is asked for and the model cannot.
+        """
+        super().__init__()
+        self.model = model
+        self._rows: Tensor | None = None
+        model.base_model.register_forward_hook(self._keep_target_rows, with_kwargs=False)
+        self.attention, self.attention_reason = self._choose_attention(attention)
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        """Logits (M, vocab) at `batch.targets`."""
+        if self.attention == "unpadded":
+            inputs = unpadded_inputs(self.model, batch)
+            self._rows = batch.targets
+        else:
+            inputs, width = padded_inputs(batch, pad_id=_pad_id(self.model))
+            self._rows = _padded_rows(batch, width)
+        try:
+            return cast(Tensor, self.model(**inputs).logits[0])
+        finally:
+            self._rows = None
+
+    def _keep_target_rows(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self._rows is None:
+            return output
+        hidden = output.last_hidden_state
+        output.last_hidden_state = hidden.reshape(1, -1, hidden.shape[-1])[:, self._rows]
+        return output
+
+    def _choose_attention(self, wanted: str) -> tuple[str, str]:
+        if wanted == "padded":
+            return "padded", "asked for"
+        problem = _why_not_unpadded(self.model)
+        if problem is None:
+            self.attention = "unpadded"
+            problem = self._self_check()
+        if problem is None:
+            return "unpadded", "equal to one document at a time in the self-check"
+        if wanted == "unpadded":
+            raise ConfigError(f"model.attention: unpadded is not possible here: {problem}; use auto or padded")
+        _use_attention(self.model, "sdpa" if getattr(self.model, "_supports_sdpa", False) else "eager")
+        return "padded", problem
+
+    @torch.no_grad()
+    def _self_check(self) -> str | None:
+        """Compare three packed segments with the same segments one at a time; None when equal."""
+        lengths = (7, 7, 4)
+        device = next(self.model.parameters()).device
+        vocab = self.model.config.vocab_size
+        tokens = (torch.arange(sum(lengths), device=device) * 7919 + 5) % max(vocab - 6, 1) + min(5, vocab - 1)
+        with _evaluation(self.model):
+            together = self.forward(_plain_batch(tokens, lengths))
+            apart = [self.forward(_plain_batch(part, (len(part),))) for part in tokens.split(list(lengths))]
+        difference = float((together - torch.cat(apart)).abs().max())
+        scale = max(1.0, float(together.abs().max()))
+        if not difference <= _SELF_CHECK_TOLERANCE * scale:
+            return f"packed and separate documents differ by {difference:.1e}"
+        return None
+
+
+class SequenceClassifier(nn.Module):
+    """A Hugging Face sequence classifier: a micro-batch in, (N, classes) logits of its segments out. Feeds padded rows."""
+
+    attention = "padded"
+    attention_reason = "classification heads read the first token of a padded row"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Wrap a `...ForSequenceClassification`."""
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        """Logits (M, classes) of the segments `batch.targets`."""
+        inputs, _ = padded_inputs(batch, pad_id=_pad_id(self.model))
+        if batch.token_types is not None and getattr(self.model.config, "type_vocab_size", 0) > 1:
+            inputs["token_type_ids"] = _pad(batch.token_types, batch.lengths, 0)
+        return cast(Tensor, self.model(**inputs).logits[batch.targets])
+
+
+def build_masked_lm(
+    config: ModelConfig, *, vocab_size: int, special: Mapping[str, int], architecture: Mapping[str, Any] | None = None
+) -> MaskedLanguageModel:
+    """Build a masked-LM model with random weights.
+
+    Args:
+        config: the run's model section.
+        vocab_size: ids of the tokenizer; the embedding is rounded up to `config.pad_vocab_to`.
+        special: pad_token_id, cls_token_id, sep_token_id and the like, written into the configuration.
+        architecture: transformers configuration of `init_from`, overlaid by `config.config`.
+
+    Raises:
+        ConfigError: unknown model type or field, or sizes that do not fit.
+    """
+    hf_config = _configuration({**(architecture or {}), **config.config}, vocab_size=vocab_size, pad_to=config.pad_vocab_to, special=special)
+    _require_class(hf_config, MODEL_FOR_MASKED_LM_MAPPING, "ForMaskedLM")
+    return MaskedLanguageModel(_construct(AutoModelForMaskedLM, hf_config), attention=config.attention)
+
+
+def build_classifier(
+    config: ModelConfig, *, num_labels: int, labels: tuple[str, ...], regression: bool, vocab_size: int,
+    special: Mapping[str, int], architecture: Mapping[str, Any] | None = None,
+) -> SequenceClassifier:  # fmt: skip
+    """Build a sequence classifier (or regressor, with one output) with random weights.
+
+    Raises:
+        ConfigError: unknown model type or field, or sizes that do not fit.
+    """
+    names = labels or tuple(str(i) for i in range(num_labels))
+    extra = {
+        "num_labels": num_labels,
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+        "problem_type": "regression" if regression else "single_label_classification",
+    }
+    fields = {**(architecture or {}), **config.config, **extra}
+    hf_config = _configuration(fields, vocab_size=vocab_size, pad_to=config.pad_vocab_to, special=special)
+    _require_class(hf_config, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, "ForSequenceClassification")
+    return SequenceClassifier(_construct(AutoModelForSequenceClassification, hf_config))
+
+
+def read_architecture(folder: Path) -> dict[str, Any]:
+    """The transformers configuration in `folder/config.json`, without anything that names code.
+
+    Raises:
+        ConfigError: the file is missing or names an unknown architecture.
+    """
+    try:
+        data, _ = PretrainedConfig.get_config_dict(str(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: no readable transformers config.json: {error}") from None
+    drop = {"auto_map", "architectures", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "_attn_implementation"}
+    return {key: value for key, value in data.items() if key not in drop}
+
+
+def load_folder_weights(folder: Path) -> dict[str, Tensor]:
+    """All fp32 weights of a Hugging Face folder (safetensors only), under their own names.
+
+    Raises:
+        ConfigError: the folder has no safetensors weights (pickled `.bin` files are refused).
+    """
+    from safetensors.torch import load_file  # noqa: PLC0415  (kept beside its only use)
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(
+            f"{folder}: no *.safetensors weights; pickled .bin files are not loaded: save the model again with safe_serialization"
+        )
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        weights.update({name: tensor.float() for name, tensor in load_file(str(file)).items()})
+    return weights
+
+
+def initialise(module: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> list[str]:
+    """Copy weights by name into a wrapped model; names are matched with and without the base model's prefix.
+
+    Args:
+        module: a MaskedLanguageModel or SequenceClassifier.
+        weights: fp32 tensors under Hugging Face names.
+        source: named in errors.
+
+    Returns:
+        Parameters that kept their random values (a new head).
+
+    Raises:
+        ConfigError: an encoder weight is missing or has another shape.
+    """
+    model = cast(PreTrainedModel, module.model)
+    prefix = f"{model.base_model_prefix}."
+    own = dict(model.named_parameters())
+    fresh: list[str] = []
+    with torch.no_grad():
+        for name, parameter in own.items():
+            candidates = (name, name.removeprefix(prefix), prefix + name)
+            found = next((weights[c] for c in candidates if c in weights), None)
+            if found is not None and found.shape == parameter.shape:
+                parameter.copy_(found)
+            elif found is None and (not name.startswith(prefix) or "pooler" in name):
+                fresh.append(name)  # a head, or a pooler that masked-LM models do not have
+            else:
+                have = "is missing" if found is None else f"has shape {tuple(found.shape)}"
+                raise ConfigError(f"model.init_from: {source}: {name} {have}, the model needs {tuple(parameter.shape)}")
+    return fresh
+
+
+def facts(module: nn.Module) -> ModelFacts:
+    """Sizes of a wrapped model, for FLOP counts and checks."""
+    model = cast(PreTrainedModel, module.model)
+    config = model.config
+    get = lambda *names: next((int(getattr(config, n)) for n in names if getattr(config, n, None)), 0)  # noqa: E731
+    positions = get("max_position_embeddings")
+    if config.model_type == "modernbert":  # rotary positions: the field is a training length, not a table
+        limit = None
+    else:
+        limit = positions - position_offset(model) if positions else None
+    return ModelFacts(
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_layers=get("num_hidden_layers", "n_layers"),
+        hidden_size=get("hidden_size", "dim"),
+        intermediate_size=get("intermediate_size", "hidden_dim"),
+        vocab_size=int(config.vocab_size),
+        gated=config.model_type == "modernbert",
+        max_positions=limit,
+        attention=str(module.attention),
+        attention_reason=str(module.attention_reason),
+    )
+
+
+def architecture_of(module: nn.Module) -> dict[str, Any]:
+    """The wrapped model's transformers configuration as JSON-able data."""
+    return cast("dict[str, Any]", cast(PreTrainedModel, module.model).config.to_dict())
+
+
+def position_offset(model: PreTrainedModel) -> int:
+    """Where position ids start: padding_idx + 1 for the RoBERTa family, else 0."""
+    embeddings = getattr(model.base_model, "embeddings", None)
+    if embeddings is not None and hasattr(embeddings, "create_position_ids_from_input_ids"):
+        return int(embeddings.padding_idx) + 1
+    return 0
+
+
+def unpadded_inputs(model: PreTrainedModel, batch: MicroBatch) -> dict[str, Any]:
+    """Forward arguments of one flat row; `segments` reaches the attention function through transformers' kwargs."""
+    dtype = next(model.parameters()).dtype
+    if torch.is_autocast_enabled(batch.tokens.device.type):
+        dtype = torch.get_autocast_dtype(batch.tokens.device.type)
+    inputs: dict[str, Any] = {
+        "input_ids": batch.tokens[None],
+        "position_ids": batch.positions[None] + position_offset(model),
+        "segments": segment_layout(batch.lengths, device=batch.tokens.device, dtype=dtype),
+    }
+    if batch.token_types is not None:
+        inputs["token_type_ids"] = batch.token_types[None]
+    return inputs
+
+
+def padded_inputs(batch: MicroBatch, *, pad_id: int) -> tuple[dict[str, Any], int]:
+    """Forward arguments of one padded row per segment, and the row width."""
+    width = max(batch.lengths)
+    lengths = torch.tensor(batch.lengths, device=batch.tokens.device)
+    mask = torch.arange(width, device=batch.tokens.device)[None] < lengths[:, None]
+    return {"input_ids": _pad(batch.tokens, batch.lengths, pad_id), "attention_mask": mask.long()}, width
+
+
+def _pad(flat: Tensor, lengths: tuple[int, ...], value: int) -> Tensor:
+    return nn.utils.rnn.pad_sequence(list(flat.split(list(lengths))), batch_first=True, padding_value=value)
+
+
+def _padded_rows(batch: MicroBatch, width: int) -> Tensor:
+    """Targets of the flat row as indices into the padded rows laid end to end."""
+    lengths = torch.tensor(batch.lengths, device=batch.tokens.device)
+    segment = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    return (segment * width + batch.positions)[batch.targets]
+
+
+def _pad_id(model: PreTrainedModel) -> int:
+    return int(model.config.pad_token_id or 0)
+
+
+def _plain_batch(tokens: Tensor, lengths: tuple[int, ...]) -> MicroBatch:
+    positions = torch.cat([torch.arange(n, device=tokens.device) for n in lengths])
+    everything = torch.arange(len(tokens), device=tokens.device)
+    return MicroBatch(tokens=tokens, positions=positions, lengths=lengths, targets=everything, labels=tokens)
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None,
+    dropout: float = 0.0, sliding_window: int | None = None, segments: SegmentLayout | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' attention function: (1, h, T, d) in, (1, T, h, d) out."""
+    if segments is None:
+        raise ConfigError("dstrain's attention needs a packed micro-batch; export the model to use it elsewhere")
+    scale = scaling if scaling is not None else 1.0 / math.sqrt(query.shape[-1])
+    # transformers hands over the window as flash kernels count it: own position included, hence one less to each side.
+    window = None if sliding_window is None else sliding_window - 1
+    return segment_attention(query, key, value, segments, scale=scale, dropout=dropout, window=window), None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _why_not_unpadded(model: PreTrainedModel) -> str | None:
+    """Plug the segment attention in; None when transformers accepts it, else the reason it does not."""
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{type(model).__name__} does not use transformers' attention interface"
+    AttentionInterface.register(ATTENTION_NAME, _attend)
+    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
+    return _use_attention(model, ATTENTION_NAME)
+
+
+def _use_attention(model: PreTrainedModel, name: str) -> str | None:
+    try:
+        model.set_attn_implementation(name)
+    except (ValueError, ImportError, AttributeError) as error:
+        return f"{type(model).__name__} refuses the attention implementation: {error}"
+    return None
+
+
+def _configuration(
+    fields: dict[str, Any], *, vocab_size: int, pad_to: int, special: Mapping[str, int]
+) -> PretrainedConfig:
+    fields = dict(fields)
+    model_type = fields.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        raise ConfigError(f"model.config.model_type: {model_type!r} is not known to transformers (bert, roberta, modernbert, ...)")
+    known = CONFIG_MAPPING[model_type]()
+    allowed = set(known.to_dict()) | set(known.attribute_map)
+    unknown = sorted(key for key in fields if key not in allowed and key not in ("num_labels", "id2label", "label2id"))
+    if unknown:
+        import difflib  # noqa: PLC0415
+
+        near = difflib.get_close_matches(unknown[0], sorted(allowed), n=3)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise ConfigError(f"model.config.{unknown[0]}: not a field of transformers' {model_type} configuration.{hint}")
+    given = fields.pop("vocab_size", None)
+    if given is not None and int(given) < vocab_size:
+        raise ConfigError(f"model.config.vocab_size: {given} is smaller than the tokenizer's {vocab_size}; leave it out")
+    size = int(given) if given is not None else -(-vocab_size // pad_to) * pad_to
+    # Types carry defaults of their own vocabulary (ModernBERT's 50282); the run's tokenizer wins.
+    tokens = {name: special.get(name) for name in ("pad_token_id", "cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id")}
+    try:
+        return AutoConfig.for_model(model_type, vocab_size=size, **{**fields, **tokens})
+    except (TypeError, ValueError, KeyError) as error:
+        raise ConfigError(f"model.config: transformers refuses these {model_type} fields: {error}") from None
+
+
+def _require_class(config: PretrainedConfig, mapping: Any, kind: str) -> None:
+    if type(config) not in mapping:
+        raise ConfigError(f"model.config.model_type: {config.model_type!r} has no {kind} class in transformers")
+
+
+def _construct(factory: Any, config: PretrainedConfig) -> PreTrainedModel:
+    try:
+        return cast(PreTrainedModel, factory.from_config(config, dtype=torch.float32))
+    except (ValueError, AssertionError, RuntimeError, IndexError, ZeroDivisionError) as error:
+        raise ConfigError(f"model.config: transformers cannot build this {config.model_type}: {error}") from None
