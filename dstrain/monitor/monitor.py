@@ -1,0 +1,218 @@
+"""The observer that turns step reports into numbers for people and tools: events, TensorBoard, the terminal line.
+
+Looks at the loop and touches nothing: with it or without it, a run computes the same bits. Loss, accuracy, learning
+rate and gradient norm are those of the written step itself, so curves of two runs compare point by point; speed,
+padding and times are taken over all steps since the last written one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dstrain.base.logs import get_logger
+from dstrain.base.protocols import RunState, StepReport
+from dstrain.base.world import World
+from dstrain.monitor.config import MonitorConfig
+from dstrain.monitor.events import EventLog
+from dstrain.monitor.flops import ModelShape, flops_per_token, known_peak_tflops, model_flops_utilisation
+from dstrain.monitor.tensorboard import TensorBoard
+from dstrain.monitor.terminal import TerminalLine
+
+_log = get_logger(__name__)
+
+TIME_PARTS = ("data", "forward_backward", "step", "save", "evaluate", "other")
+"""Where a step's wall seconds go; their sum is `total`."""
+
+
+@dataclass
+class _Window:
+    """Sums over the steps since the last written point."""
+
+    steps: int = 0
+    tokens: int = 0
+    targets: int = 0
+    padded_tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, report: StepReport) -> None:
+        self.steps += 1
+        self.tokens += report.num_tokens
+        self.targets += report.num_targets
+        self.padded_tokens += report.padded_tokens
+        for part, seconds in report.seconds.items():
+            self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        total = self.seconds.get("total", 0.0)
+        return self.tokens / total if total > 0 else 0.0
+
+    @property
+    def padding_percent(self) -> float:
+        return 100 * (1 - self.tokens / self.padded_tokens) if self.padded_tokens else 0.0
+
+    @property
+    def scored_share(self) -> float:
+        return self.targets / self.tokens if self.tokens else 0.0
+
+
+class Monitor:
+    """Implements `base.protocols.Observer`; does nothing on ranks above 0.
+
+    Writes `started` (or `resumed` when `start_step` > 0) when it is made, `step` at step 1, every `log_every` steps and
+    at the last step, `step_skipped` for every skipped step, `evaluated`, and `ended`.
+
+    Args:
+        config: what to write and how often.
+        run_folder: gets events.jsonl and tensorboard/.
+        world: this process's place.
+        max_steps: optimizer steps of the whole run.
+        start_step: optimizer steps already done, 0 for a fresh run.
+        shape: the model's sizes for the utilisation curve, or None for none.
+        device_name: as torch.cuda.get_device_name says, or "cpu".
+        num_devices: devices of the whole job.
+        mean_context: tokens a token attends to, on average (see `flops.flops_per_token`); 0 leaves attention out.
+        config_text: the resolved configuration, for TensorBoard's text page.
+    """
+
+    def __init__(
+        self,
+        config: MonitorConfig,
+        *,
+        run_folder: Path,
+        world: World,
+        max_steps: int,
+        start_step: int,
+        shape: ModelShape | None,
+        device_name: str,
+        num_devices: int,
+        mean_context: float = 0.0,
+        config_text: str = "",
+    ) -> None:
+        self._config = config
+        self._active = world.is_first
+        self._max_steps = max_steps
+        self._shape = shape
+        self._mean_context = mean_context
+        self._num_devices = num_devices
+        self._peak_tflops = config.peak_tflops or known_peak_tflops(device_name)
+        self._window = _Window()
+        self.events = EventLog(run_folder / "events.jsonl", world)
+        self._tensorboard: TensorBoard | None = None
+        if config.tensorboard:
+            texts = {"configuration": f"```yaml\n{config_text}\n```"} if config_text else {}
+            self._tensorboard = TensorBoard(run_folder / "tensorboard", world, start_step=start_step, texts=texts)
+        self._terminal = TerminalLine(world, max_steps=max_steps)
+        name = "resumed" if start_step else "started"
+        self.event(
+            name, step=start_step, max_steps=max_steps, world=world.size, device=device_name, num_devices=num_devices
+        )
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Write an event of another room, e.g. `event("saved", step=100, seconds=1.2)`."""
+        self.events.write(name, **fields)
+
+    def on_step(self, state: RunState, report: StepReport) -> None:
+        """Take note of a step; write a point when one is due."""
+        if not self._active:
+            return
+        self._window.add(report)
+        if not report.applied:
+            self.event("step_skipped", step=report.step, loss=report.loss, gradient_norm=report.gradient_norm)
+        due = report.step % self._config.log_every == 0 or report.step in (1, self._max_steps)
+        self._terminal.show(
+            report,
+            tokens_per_second=self._window.tokens_per_second,
+            padding_percent=self._window.padding_percent,
+            is_logged=due,
+        )
+        if due:
+            self._write_point(state, report)
+            self._window = _Window()
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the result of an evaluation after `step` steps, e.g. `{"loss": 3.1, "accuracy": 0.4}`."""
+        if not self._active:
+            return
+        self.event("evaluated", step=step, metrics=dict(metrics))
+        if self._tensorboard is not None:
+            self._tensorboard.scalars(step, {f"evaluation/{name}": value for name, value in metrics.items()})
+        _log.info("evaluation at step %d: %s", step, ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+
+    def on_end(self, state: RunState) -> None:
+        """Write the last event and close everything; `event` still works afterwards."""
+        dropped = self.events.dropped + (self._tensorboard.dropped if self._tensorboard else 0)
+        self.event(
+            "ended",
+            step=state.step,
+            rows=state.rows,
+            tokens=state.tokens,
+            ledger=str(state.ledger),
+            skipped_steps=state.skipped_steps,
+            compute_seconds=state.compute_seconds,
+            events_dropped=dropped,
+            **self._cost(state),
+        )
+        self._terminal.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        self.events.close()
+
+    def _write_point(self, state: RunState, report: StepReport) -> None:
+        window = self._window
+        speed = {
+            "tokens_per_second": window.tokens_per_second,
+            "padding_percent": window.padding_percent,
+            **self._utilisation(),
+        }
+        seconds = {part: window.seconds.get(part, 0.0) / window.steps for part in (*TIME_PARTS, "total")}
+        learning = {
+            "loss": report.loss,
+            "accuracy": report.accuracy,
+            "learning_rate": report.learning_rate,
+            "gradient_norm": report.gradient_norm,
+        }
+        progress = {"tokens": state.tokens, "rows": state.rows, "epoch": report.epoch}
+        cost = self._cost(state)
+        self.event(
+            "step",
+            step=report.step,
+            **learning,
+            **speed,
+            **progress,
+            **cost,
+            applied=report.applied,
+            ledger=str(state.ledger),
+            step_ledger=str(report.ledger),
+            num_targets=report.num_targets,
+            seconds=seconds,
+            window_steps=window.steps,
+        )
+        if self._tensorboard is not None:
+            curves: dict[str, float] = {f"train/{name}": value for name, value in learning.items()}
+            curves.update({f"throughput/{name}": value for name, value in speed.items()})
+            curves.update({f"progress/{name}": value for name, value in progress.items()})
+            curves.update({f"time/{part}_seconds": seconds[part] for part in TIME_PARTS})
+            curves.update({f"cost/{name.removeprefix('cost_')}": value for name, value in cost.items()})
+            self._tensorboard.scalars(report.step, curves)
+
+    def _utilisation(self) -> dict[str, float]:
+        if self._shape is None or self._peak_tflops is None:
+            return {}
+        share = self._window.scored_share
+        mfu = model_flops_utilisation(
+            tokens_per_second=self._window.tokens_per_second,
+            flops_per_token=flops_per_token(self._shape, mean_context=self._mean_context, scored_share=share),
+            peak_tflops=self._peak_tflops,
+            num_devices=self._num_devices,
+        )
+        return {"mfu": mfu}
+
+    def _cost(self, state: RunState) -> dict[str, float]:
+        """US dollars spent in steps so far, over all restarts, where a price is given."""
+        if self._config.gpu_hour_usd is None:
+            return {}
+        return {"cost_usd": state.compute_seconds / 3600 * self._num_devices * self._config.gpu_hour_usd}

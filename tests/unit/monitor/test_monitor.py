@@ -1,0 +1,172 @@
+import shutil
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dstrain.base.protocols import RunState, StepReport
+from dstrain.base.world import World
+from dstrain.monitor.config import MonitorConfig
+from dstrain.monitor.events import read_events
+from dstrain.monitor.flops import ModelShape
+from dstrain.monitor.monitor import Monitor
+
+SHAPE = ModelShape(layers=2, hidden=64, intermediate=256, vocab=1000)
+
+
+def monitor(folder, *, world=None, max_steps=25, start_step=0, shape=None, device_name="cpu", **config):
+    return Monitor(
+        MonitorConfig(**{"log_every": 10, "tensorboard": False, **config}),
+        run_folder=folder,
+        world=world or World(),
+        max_steps=max_steps,
+        start_step=start_step,
+        shape=shape,
+        device_name=device_name,
+        num_devices=2,
+        config_text="seed: 1",
+    )
+
+
+def report(step, *, tokens=900, applied=True, loss=3.0):
+    return StepReport(
+        step=step,
+        loss=loss,
+        accuracy=0.25,
+        gradient_norm=1.5 if applied else float("inf"),
+        learning_rate=1e-4,
+        applied=applied,
+        num_tokens=tokens,
+        num_targets=135,
+        num_rows=8,
+        padded_tokens=1000,
+        ledger=2**62 + step,
+        epoch=step / 100,
+        seconds={"data": 0.1, "forward_backward": 0.7, "step": 0.1, "other": 0.1, "total": 1.0},
+    )
+
+
+def run(observer, steps, **changes):
+    state = RunState()
+    for step in steps:
+        state.step = step
+        state.tokens = 900 * step
+        state.rows = 8 * step
+        state.ledger = 2**62 + 3 * step
+        state.compute_seconds = 1.0 * step
+        observer.on_step(state, report(step, **changes))
+    observer.on_end(state)
+    return state
+
+
+def events(folder, name):
+    return [e for e in read_events(folder / "events.jsonl") if e["event"] == name]
+
+
+def test_points_stand_at_step_1_every_log_every_and_the_last(tmp_path):
+    run(monitor(tmp_path), range(1, 26))
+    assert [e["step"] for e in events(tmp_path, "step")] == [1, 10, 20, 25]
+
+
+def test_a_step_event_carries_what_tools_need(tmp_path):
+    run(monitor(tmp_path), range(1, 11))
+    event = events(tmp_path, "step")[-1]
+    assert event["loss"] == 3.0
+    assert event["accuracy"] == 0.25
+    assert event["learning_rate"] == 1e-4
+    assert event["gradient_norm"] == 1.5
+    assert event["tokens_per_second"] == pytest.approx(900)
+    assert event["padding_percent"] == pytest.approx(10)
+    assert event["seconds"] == pytest.approx(
+        {"data": 0.1, "forward_backward": 0.7, "step": 0.1, "save": 0, "evaluate": 0, "other": 0.1, "total": 1.0}
+    )
+    assert (event["tokens"], event["rows"], event["epoch"]) == (9000, 80, 0.1)
+    assert event["ledger"] == str(2**62 + 30)
+    assert event["step_ledger"] == str(2**62 + 10)
+    assert event["applied"] is True
+    assert event["window_steps"] == 9
+    assert "mfu" not in event
+    assert "cost_usd" not in event
+
+
+def test_speed_is_taken_over_all_steps_since_the_last_point(tmp_path):
+    observer, state = monitor(tmp_path, log_every=2), RunState()
+    for step, tokens in enumerate([900, 100, 300, 500], start=1):
+        observer.on_step(state, report(step, tokens=tokens))
+    assert [e["tokens_per_second"] for e in events(tmp_path, "step")] == pytest.approx([900, 100, 400])
+
+
+def test_every_skipped_step_is_an_event_of_its_own(tmp_path):
+    run(monitor(tmp_path), range(2, 5), applied=False, loss=float("nan"))
+    skipped = events(tmp_path, "step_skipped")
+    assert [e["step"] for e in skipped] == [2, 3, 4]
+    assert skipped[0]["gradient_norm"] == "inf"
+    assert skipped[0]["loss"] == "nan"
+
+
+def test_utilisation_needs_a_shape_and_a_known_peak(tmp_path):
+    for folder, shape, device in [("a", SHAPE, "NVIDIA H200"), ("b", SHAPE, "cpu"), ("c", None, "NVIDIA H200")]:
+        run(monitor(tmp_path / folder, shape=shape, device_name=device), [1])
+    assert events(tmp_path / "a", "step")[0]["mfu"] > 0
+    assert "mfu" not in events(tmp_path / "b", "step")[0]
+    assert "mfu" not in events(tmp_path / "c", "step")[0]
+
+
+def test_a_peak_in_the_configuration_wins_over_the_table(tmp_path):
+    for folder, peak in [("a", None), ("b", 989 * 2.0)]:
+        run(monitor(tmp_path / folder, shape=SHAPE, device_name="NVIDIA H200", peak_tflops=peak), [1])
+    table, configured = (events(tmp_path / f, "step")[0]["mfu"] for f in "ab")
+    assert table == pytest.approx(2 * configured)
+
+
+def test_cost_counts_all_devices_and_all_restarts(tmp_path):
+    observer = monitor(tmp_path, gpu_hour_usd=3.0)
+    observer.on_step(RunState(step=1, compute_seconds=7200.0), report(1))
+    assert events(tmp_path, "step")[0]["cost_usd"] == pytest.approx(2 * 2 * 3.0)
+
+
+def test_start_resume_evaluation_and_end_are_events(tmp_path):
+    run(monitor(tmp_path), [1])
+    observer = monitor(tmp_path, start_step=1)
+    observer.evaluated(1, {"loss": 2.0})
+    observer.event("saved", step=1, seconds=0.5)
+    run(observer, [2])
+    names = [e["event"] for e in read_events(tmp_path / "events.jsonl")]
+    assert names == ["started", "step", "ended", "resumed", "evaluated", "saved", "ended"]
+    assert events(tmp_path, "resumed")[0]["step"] == 1
+    assert events(tmp_path, "evaluated")[0]["metrics"] == {"loss": 2.0}
+    assert events(tmp_path, "ended")[-1]["step"] == 2
+
+
+def test_tensorboard_shows_every_promised_curve(tmp_path):
+    observer = monitor(tmp_path, tensorboard=True, shape=SHAPE, peak_tflops=100.0, gpu_hour_usd=2.0)
+    observer.evaluated(5, {"loss": 2.0})
+    run(observer, range(1, 11))
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard"))
+    accumulator.Reload()
+    parts = ("data", "forward_backward", "step", "save", "evaluate", "other")
+    assert set(accumulator.Tags()["scalars"]) == {
+        *(f"train/{n}" for n in ("loss", "accuracy", "learning_rate", "gradient_norm")),
+        *(f"throughput/{n}" for n in ("tokens_per_second", "padding_percent", "mfu")),
+        *(f"time/{n}_seconds" for n in parts),
+        *(f"progress/{n}" for n in ("tokens", "rows", "epoch")),
+        "cost/usd",
+        "evaluation/loss",
+    }
+    assert [e.step for e in accumulator.Scalars("train/loss")] == [1, 10]
+
+
+def test_ranks_above_0_leave_no_trace(tmp_path):
+    run(monitor(tmp_path / "run", world=World(rank=1, size=2), tensorboard=True), range(1, 11))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_run_folder_deleted_under_the_run_stops_nothing(tmp_path):
+    observer, state = monitor(tmp_path / "run", tensorboard=True, log_every=1), RunState()
+    observer.on_step(state, report(1))
+    shutil.rmtree(tmp_path / "run")
+    for step in (2, 3):
+        observer.on_step(state, report(step))
+    observer.on_end(state)
+    assert [e["step"] for e in events(tmp_path / "run", "step")] == [2, 3]
+    assert events(tmp_path / "run", "ended")[0]["events_dropped"] >= 1
