@@ -64,22 +64,29 @@ class EventLog:
                 self._drop(error)
 
     def _append(self, line: bytes) -> None:
-        if self._handle is None or os.fstat(self._handle).st_nlink == 0:  # 0: someone deleted the file under us
-            self._open()
-        assert self._handle is not None
+        if self._handle is None or not self._is_in_place(self._handle):
+            self._handle = self._open()
         data = b"\n" + line if self._line_is_open else line
         written = os.write(self._handle, data)
         self._line_is_open = written < len(data)
         if self._line_is_open:
             raise OSError(f"short write: {written} of {len(data)} bytes")
 
-    def _open(self) -> None:
+    def _is_in_place(self, handle: int) -> bool:
+        """Whether the open file is still the one at `path`: someone may have deleted or moved it under us."""
+        try:
+            return os.path.samestat(os.fstat(handle), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def _open(self) -> int:
         self.close()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        size = os.fstat(self._handle).st_size
+        handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        size = os.fstat(handle).st_size
         # A killed run may have left half a line; the next event must not become part of it.
-        self._line_is_open = size > 0 and os.pread(self._handle, 1, size - 1) != b"\n"
+        self._line_is_open = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
+        return handle
 
     def _drop(self, error: OSError) -> None:
         self.dropped += 1
