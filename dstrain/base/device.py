@@ -1,0 +1,76 @@
+"""Which device and precision this process trains on, decided once, before any engine is imported.
+
+DeepSpeed picks its accelerator when it is imported and falls back to the CPU in silence when a driver is broken; here the
+choice is explicit, and a run that asks for GPUs and finds none is an error (deepspeed.md, section 3).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Literal
+
+import torch
+
+from dstrain.base.errors import MachineError
+
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+Precision = Literal["bf16", "fp32", "fp16"]
+
+
+def choose_device(wanted: DeviceChoice) -> str:
+    """Return "cpu" or "cuda" and tell DeepSpeed, through DS_ACCELERATOR, before it is imported.
+
+    Raises:
+        MachineError: cuda is asked for and no GPU is visible.
+    """
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise MachineError(
+            "engine.device: cuda is asked for and this process sees no GPU "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}); "
+            "check nvidia-smi and that torch is a CUDA build, or set engine.device: cpu"
+        )
+    device = "cpu" if wanted == "cpu" or not available else "cuda"
+    os.environ["DS_ACCELERATOR"] = device
+    return device
+
+
+def choose_precision(wanted: str, *, device: str) -> Precision:
+    """Resolve "auto" to bf16 where the hardware multiplies it natively, else fp32.
+
+    Raises:
+        MachineError: fp16 is asked for on a CPU.
+    """
+    if wanted == "fp16" and device == "cpu":
+        raise MachineError("engine.precision: fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    if wanted in ("bf16", "fp32", "fp16"):
+        return wanted  # type: ignore[return-value]
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if cpu_has_bf16() else "fp32"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 natively (AVX512_BF16 or AMX on x86, BF16 on Arm)."""
+    check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    if check is not None and check():
+        return True
+    if platform.machine() == "aarch64":
+        try:
+            with open("/proc/cpuinfo", encoding="utf-8") as file:
+                return " bf16" in file.read()
+        except OSError:
+            return False
+    return False
+
+
+def device_name(device: str) -> str:
+    """The marketing name of the accelerator or processor."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

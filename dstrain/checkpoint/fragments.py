@@ -1,0 +1,204 @@
+"""Where ZeRO keeps the fp32 state: the door to DeepSpeed's internals for saving and loading, stages 0 to 3.
+
+A fragment is a contiguous 1-D range of one parameter's fp32 master weight or of one optimizer moment, as this rank holds
+it. Everything here is a view of DeepSpeed's own memory, so loading is `copy_` in place, followed by one `refresh` that makes
+the low-precision parameters follow. Tested with DeepSpeed 0.19.8; a missing internal is named with the version found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from dstrain.base.errors import MachineError
+
+MASTER = "fp32"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STATES = (MASTER, *MOMENTS)
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A range of one flattened parameter's state, held by this rank."""
+
+    name: str
+    """Parameter name as the Hugging Face model knows it."""
+    state: str
+    """fp32, exp_avg or exp_avg_sq."""
+    offset: int
+    """First element inside the flattened parameter."""
+    tensor: Tensor
+    """(n,) fp32 view of DeepSpeed's memory."""
+
+
+class EngineState:
+    """The fragments of one DeepSpeed engine with dstrain's AdamW."""
+
+    def __init__(self, engine: Any, *, prefix: str) -> None:
+        """Look at an engine; creates the moments, at zero, where DeepSpeed would only create them at the first step.
+
+        Args:
+            engine: a DeepSpeedEngine with an optimizer.
+            prefix: dropped from parameter names.
+
+        Raises:
+            MachineError: this DeepSpeed lacks an internal that is needed.
+        """
+        self._engine = engine
+        self._stage = int(engine.zero_optimization_stage())
+        self._parameters = {name.removeprefix(prefix): p for name, p in engine.module.named_parameters() if p.requires_grad}
+        self._outer = engine.optimizer
+        self._inner = engine.basic_optimizer
+        self._check_internals()
+        self._create_moments()
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Shape of every trained parameter."""
+        return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items()}
+
+    def held(self) -> Iterator[Fragment]:
+        """All this rank holds and must fill when loading."""
+        if self._stage == 0:
+            yield from self._replicated()
+        elif self._stage == 3:
+            yield from self._stage_3()
+        else:
+            yield from self._mapped()
+
+    def owned(self, *, rank: int, world_size: int) -> Iterator[Fragment]:
+        """What this rank writes: its own fragments, or at stage 0 its balanced share of what all ranks hold."""
+        if self._stage != 0:
+            yield from self.held()
+            return
+        for fragment in self._replicated():
+            n = fragment.tensor.numel()
+            a, b = rank * n // world_size, (rank + 1) * n // world_size
+            if a < b:
+                yield Fragment(fragment.name, fragment.state, a, fragment.tensor[a:b])
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Collective. Make the low-precision parameters follow the masters after a load."""
+        if self._stage == 0:
+            for group, masters in zip(*self._unfused_groups()):
+                for parameter, master in zip(group, masters):
+                    parameter.copy_(master)
+        elif self._stage == 3:
+            for parameter in self._parameters.values():
+                master = deepspeed.utils.safe_get_local_fp32_param(parameter)
+                deepspeed.utils.safe_set_local_fp32_param(parameter, master.clone())
+            persistent = getattr(self._outer, "persistent_parameters", [])
+            if len(persistent) > 0:
+                persistent[0].all_gather(persistent)
+        else:
+            self._outer.update_lp_params()
+
+    def optimizer_step(self) -> int:
+        """How many times Adam has stepped; the same for every parameter."""
+        return max((int(state["step"]) for state in self._inner.state.values() if "step" in state), default=0)
+
+    def set_optimizer_step(self, step: int) -> None:
+        """Write Adam's step counter (bias correction depends on it)."""
+        for state in self._inner.state.values():
+            if "step" in state:
+                state["step"].fill_(float(step))
+
+    def loss_scale(self) -> dict[str, float] | None:
+        """The dynamic loss scaler of fp16, or None."""
+        scaler = getattr(self._outer, "loss_scaler", None)
+        if not self._engine.fp16_enabled() or scaler is None:
+            return None
+        return {key: float(getattr(scaler, key)) for key in _SCALER_FIELDS if hasattr(scaler, key)}
+
+    def set_loss_scale(self, saved: dict[str, float] | None) -> None:
+        """Restore the dynamic loss scaler of fp16."""
+        scaler = getattr(self._outer, "loss_scaler", None)
+        for key, value in (saved or {}).items():
+            if scaler is not None and key in _SCALER_FIELDS and hasattr(scaler, key):
+                setattr(scaler, key, type(getattr(scaler, key))(value))
+
+    def _replicated(self) -> Iterator[Fragment]:
+        masters = self._stage_0_masters()
+        for name, parameter in self._parameters.items():
+            master = masters[parameter]
+            yield Fragment(name, MASTER, 0, master.detach().view(-1))
+            for state in MOMENTS:
+                yield Fragment(name, state, 0, self._inner.state[master][state].detach().view(-1))
+
+    def _mapped(self) -> Iterator[Fragment]:
+        for name, parameter in self._parameters.items():
+            mapping = parameter._hp_mapping
+            if mapping is None:
+                continue
+            start = int(mapping.lp_fragment_address.start)
+            yield Fragment(name, MASTER, start, mapping.hp_fragment.detach())
+            for state in MOMENTS:
+                yield Fragment(name, state, start, mapping.get_optim_state_fragment(state).detach())
+
+    def _stage_3(self) -> Iterator[Fragment]:
+        rank = torch.distributed.get_rank()
+        for name, parameter in self._parameters.items():
+            master = deepspeed.utils.safe_get_local_fp32_param(parameter)
+            start = rank * master.numel()
+            count = min(master.numel(), int(parameter.ds_numel) - start)  # the last partition ends in padding
+            if count <= 0:
+                continue
+            yield Fragment(name, MASTER, start, master.detach()[:count])
+            for state in MOMENTS:
+                moment = deepspeed.utils.safe_get_local_optimizer_state(parameter, state)
+                yield Fragment(name, state, start, moment.detach()[:count])
+
+    def _stage_0_masters(self) -> dict[nn.Parameter, Tensor]:
+        groups, masters = self._unfused_groups()
+        if not groups:
+            return {p: p for p in self._parameters.values()}
+        return {p: m for group, copies in zip(groups, masters) for p, m in zip(group, copies)}
+
+    def _unfused_groups(self) -> tuple[list[Any], list[Any]]:
+        """Low-precision parameters and their fp32 masters at stage 0; empty lists in fp32, where they are the same."""
+        return getattr(self._outer, "fp16_groups", []), getattr(self._outer, "fp32_groups", [])
+
+    def _create_moments(self) -> None:
+        if self._stage == 3:
+            flat = list(self._outer.fp32_partitioned_groups_flat)
+        elif self._stage == 0:
+            flat = list(self._stage_0_masters().values())
+        else:
+            flat = [p for group in self._inner.param_groups for p in group["params"]]
+        for tensor in flat:
+            state = self._inner.state[tensor]
+            if "exp_avg" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
+                state["exp_avg"] = torch.zeros_like(tensor, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(tensor, memory_format=torch.preserve_format)
+            if self._stage == 0:
+                # DeepSpeed's unfused wrapper takes a real first step on zero gradients when it is built; undo its count.
+                state["step"].zero_()
+                state["exp_avg"].zero_()
+                state["exp_avg_sq"].zero_()
+        if self._stage in (1, 2):
+            self._outer._lazy_init_hp_params_optimizer_state()
+
+    def _check_internals(self) -> None:
+        needs = {
+            1: ("update_lp_params", "_lazy_init_hp_params_optimizer_state"),
+            2: ("update_lp_params", "_lazy_init_hp_params_optimizer_state"),
+            3: ("fp32_partitioned_groups_flat", "get_local_fp32_param", "set_local_hp_param"),
+        }
+        missing = [name for name in needs.get(self._stage, ()) if not hasattr(self._outer, name)]
+        if self._stage in (1, 2):
+            missing += [] if all(hasattr(p, "_hp_mapping") for p in self._parameters.values()) else ["param._hp_mapping"]
+        if missing:
+            raise MachineError(
+                f"DeepSpeed {deepspeed.__version__} at ZeRO stage {self._stage} has no {', '.join(missing)}: "
+                "install the version in constraints.txt"
+            )
+
+
+_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

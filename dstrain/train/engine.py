@@ -1,0 +1,244 @@
+"""The one engine: DeepSpeed on GPUs and, with gloo, on a CPU. Forward, backward, clip and step happen only here.
+
+Target tokens are counted over all ranks and micro-batches before the loss is scaled, so the mean is right for any split
+of the batch; the counters, the stop requests and the ledger ride on that same small agreement. Does not decide what is
+trained on, when to save or when to stop.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, distributed, nn
+
+from dstrain.base.control import ControlPlane
+from dstrain.base.device import Precision
+from dstrain.base.errors import ConfigError, MachineError
+from dstrain.base.logs import get_logger
+from dstrain.base.protocols import LossParts, MicroBatch, Objective, StepData
+from dstrain.base.seeds import derive
+from dstrain.base.world import World
+from dstrain.optim.adamw import OptimizerConfig, build_adamw, parameter_groups
+from dstrain.train.ds_config import EngineConfig, deepspeed_config, warnings_for
+from dstrain.train.op_cache import clear_stale_locks
+
+_LOG = get_logger(__name__)
+
+PARAMETER_PREFIX = "model.model."
+"""What the engine's wrapping adds in front of the Hugging Face parameter names."""
+
+
+class TrainedModule(nn.Module):
+    """What DeepSpeed wraps: the model and its objective, so that the loss is computed inside one forward."""
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self._objective = objective
+
+    def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """(loss sum, hits) of a micro-batch."""
+        parts: LossParts = self._objective.loss(self.model, batch)
+        return parts.loss_sum, parts.correct
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """One optimizer step over all ranks."""
+
+    loss: float
+    accuracy: float
+    gradient_norm: float
+    applied: bool
+    num_targets: int
+    num_tokens: int
+    num_rows: int
+    padded_tokens: int
+    ledger: int
+    stop_requested: bool
+    forward_backward_s: float
+    step_s: float
+
+
+def start_processes(world: World, *, device: str, timeout_s: int) -> ControlPlane:
+    """Join the process group of the job and open the control plane.
+
+    Args:
+        world: this process's place.
+        device: cpu or cuda.
+        timeout_s: longest wait for a peer in a collective.
+
+    Raises:
+        MachineError: the rendezvous failed; the message names the address.
+    """
+    world.export(os.environ)
+    # The op serves inference only; building it needs a compiler and may wait for ever on a stale lock.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    clear_stale_locks()
+    if device == "cuda":
+        torch.cuda.set_device(world.local_rank)
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            timeout=timedelta(seconds=timeout_s),
+            verbose=False,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise MachineError(
+            f"rank {world.rank} of {world.size} could not join at {world.master_addr}:{world.master_port}: {error}; "
+            "is the port free, and do all ranks name the same host?"
+        ) from None
+    return ControlPlane(world, timeout_s=timeout_s)
+
+
+def stop_processes() -> None:
+    """Leave the process group cleanly."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+class Engine:
+    """A DeepSpeed engine around a model and an objective."""
+
+    def __init__(
+        self, model: nn.Module, objective: Objective, *, config: EngineConfig, optimizer: OptimizerConfig, control: ControlPlane,
+        device: str, precision: Precision, micro_batch: int, accumulation: int, seed: int, raw: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        """Collective. Build the engine; the model's weights as they are now become the fp32 masters, exactly.
+
+        Args:
+            model: a MaskedLanguageModel or SequenceClassifier in fp32.
+            objective: turns its logits into a summed loss.
+            config: the engine section.
+            optimizer: the optimizer section.
+            control: agreements between ranks.
+            device: cpu or cuda.
+            precision: resolved, never auto.
+            micro_batch: rows of one forward.
+            accumulation: micro-batches of one step, the same on every rank.
+            seed: the run's seed, for dropout.
+            raw: keys of the `deepspeed:` section.
+        """
+        self.control, self.device, self.precision, self.seed = control, device, precision, seed
+        self.ds_config = deepspeed_config(
+            config, precision=precision, clip_norm=optimizer.clip_norm, micro_batch=micro_batch,
+            accumulation=accumulation, world_size=control.world.size, raw=raw,
+        )  # fmt: skip
+        if control.world.is_first:
+            for warning in warnings_for(config, precision=precision, accumulation=accumulation):
+                _LOG.warning("%s", warning)
+        module = TrainedModule(model, objective)
+        guarded = config.zero_stage == 0 and precision == "fp32"
+        groups = parameter_groups(module.named_parameters(), weight_decay=optimizer.weight_decay)
+        client = build_adamw(optimizer, groups, guarded=guarded)
+        self._peak_groups = len(groups)
+        try:
+            self.engine, _, _, _ = deepspeed.initialize(model=module, optimizer=client, config=self.ds_config)
+        except deepspeed.runtime.config.DeepSpeedConfigError as error:
+            raise ConfigError(f"deepspeed: refused by DeepSpeed {deepspeed.__version__}: {error}") from None
+
+    @property
+    def model(self) -> nn.Module:
+        """The wrapped model (sharded at stage 3)."""
+        module: nn.Module = self.engine.module.model
+        return module
+
+    def train_step(self, data: StepData, *, step: int, learning_rate: float, stop_requested: bool) -> StepTotals:
+        """Collective. One optimizer step.
+
+        Args:
+            data: this rank's micro-batches; the same number on every rank.
+            step: steps done before this one; keys dropout.
+            learning_rate: of this step.
+            stop_requested: this rank was asked to stop; all ranks learn of it.
+        """
+        started = time.perf_counter()
+        counts = self._agree(data, stop_requested)
+        scale = self.control.world.size / max(1, counts.num_targets)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss = torch.zeros((), dtype=torch.float32, device=self.device)
+        correct = torch.zeros((), dtype=torch.float32, device=self.device)
+        backward_done = started
+        for number, batch in enumerate(data.micro_batches):
+            torch.manual_seed(derive(self.seed, "dropout", step, self.control.world.rank, number) >> 1)
+            loss_sum, hits = self.engine(batch.to(self.device))
+            self.engine.backward(loss_sum * scale, scale_wrt_gas=False)
+            loss += loss_sum.detach()
+            correct += hits
+            backward_done = time.perf_counter()
+            self.engine.step()
+        applied = bool(self.engine.was_step_applied())
+        totals = torch.stack([loss, correct])
+        if self.control.world.size > 1:
+            distributed.all_reduce(totals)
+        loss_total, correct_total = totals.tolist()
+        targets = max(1, counts.num_targets)
+        return StepTotals(
+            loss=loss_total / targets,
+            accuracy=correct_total / targets,
+            gradient_norm=float(self.engine.get_global_grad_norm() or 0.0),
+            applied=applied,
+            num_targets=counts.num_targets,
+            num_tokens=counts.num_tokens,
+            num_rows=counts.num_rows,
+            padded_tokens=counts.padded_tokens,
+            ledger=counts.ledger,
+            stop_requested=counts.stop,
+            forward_backward_s=backward_done - started,
+            step_s=time.perf_counter() - backward_done,
+        )
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, float, int]:
+        """Collective. Mean loss, accuracy and target count over all ranks' batches; every rank passes equally many."""
+        self.engine.eval()
+        totals = [0.0, 0.0, 0.0]
+        try:
+            for batch in batches:
+                loss_sum, hits = self.engine(batch.to(self.device))
+                totals = [totals[0] + float(loss_sum), totals[1] + float(hits), totals[2] + batch.num_targets]
+        finally:
+            self.engine.train()
+        loss, correct, targets = self.control.sum_floats(totals)
+        return loss / max(1.0, targets), correct / max(1.0, targets), int(targets)
+
+    @torch.no_grad()
+    def predict(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Collective. fp32 logits of each batch, on the CPU; every rank passes equally many batches."""
+        self.engine.eval()
+        try:
+            return [self.engine.module.model(batch.to(self.device)).float().cpu() for batch in batches]
+        finally:
+            self.engine.train()
+
+    def _agree(self, data: StepData, stop_requested: bool) -> _Counts:
+        local = (
+            sum(b.num_targets for b in data.micro_batches),
+            sum(b.num_tokens for b in data.micro_batches),
+            data.num_rows,
+            data.padded_tokens,
+            data.ledger & 0xFFFFFFFF,
+            data.ledger >> 32,
+            int(stop_requested),
+        )
+        targets, tokens, rows, padded, low, high, stop = self.control.sum(local)
+        return _Counts(targets, tokens, rows, padded, (low + (high << 32)) % (1 << 63), stop > 0)
+
+
+@dataclass(frozen=True)
+class _Counts:
+    num_targets: int
+    num_tokens: int
+    num_rows: int
+    padded_tokens: int
+    ledger: int
+    stop: bool
