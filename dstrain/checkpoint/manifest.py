@@ -1,0 +1,140 @@
+"""A checkpoint's manifest: what it holds, from which run, and the size and hash of every file. Strict JSON, no pickle.
+
+The manifest is written last; a folder without one that checks is not a checkpoint. Format version 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+
+from dstrain.base.config import Config
+from dstrain.base.errors import CheckpointError, DataError
+from dstrain.base.storage import read_json
+from dstrain.checkpoint.layout import MANIFEST, is_safe_name
+
+FORMAT_VERSION = 1
+
+_MAX_ELEMENTS = 1 << 40
+
+
+class FileEntry(Config):
+    """One file of a checkpoint."""
+
+    size_bytes: int = Field(ge=0)
+    """Exact size."""
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Of the whole file."""
+    fragments: tuple[tuple[str, str, int, int], ...] = ()
+    """(parameter, state, offset, elements) of every fragment inside."""
+
+
+class CheckpointManifest(Config):
+    """All there is to know about a checkpoint without opening its tensors."""
+
+    format: Literal["dstrain-checkpoint"] = "dstrain-checkpoint"
+    """Says what the file is."""
+    format_version: int = FORMAT_VERSION
+    """Raised when the meaning of anything here changes."""
+    step: int = Field(ge=0)
+    """Optimizer steps done."""
+    world_size: int = Field(ge=1)
+    """Ranks that wrote it; any number may read it."""
+    zero_stage: int = Field(ge=0, le=3)
+    """Stage that wrote it; any stage may read it."""
+    precision: str
+    """Training precision of the writer; the state itself is always fp32."""
+    stage: str
+    """pretrain or finetune."""
+    parameters: dict[str, list[int]]
+    """Shape of every trained parameter."""
+    model_fingerprint: str
+    """Hash of the names and shapes."""
+    aliases: dict[str, str] = Field(default_factory=dict)
+    """Tied names: alias → the name that is stored."""
+    architecture: dict[str, Any]
+    """The model's transformers configuration."""
+    state: dict[str, Any]
+    """The run's counters (base.protocols.RunState)."""
+    loader: dict[str, Any]
+    """What pins the data order."""
+    optimizer: dict[str, Any]
+    """Adam's step counter and the loss scaler."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """What the stage adds, e.g. a task's labels."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Versions that wrote it."""
+    states: tuple[str, ...]
+    """Which state tensors each parameter has."""
+    files: dict[str, FileEntry]
+    """Every file but this one."""
+
+    @field_validator("files")
+    @classmethod
+    def _names(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        for name in files:
+            if not is_safe_name(name):
+                raise ValueError(f"refused file name {name!r}")
+        return files
+
+    @field_validator("parameters")
+    @classmethod
+    def _shapes(cls, parameters: dict[str, list[int]]) -> dict[str, list[int]]:
+        for name, shape in parameters.items():
+            if any(n < 0 for n in shape) or math.prod(shape) > _MAX_ELEMENTS:
+                raise ValueError(f"refused shape {shape} of {name}")
+        return parameters
+
+
+def model_fingerprint(parameters: Mapping[str, list[int]]) -> str:
+    """Hash of parameter names and shapes: two models with the same one can exchange checkpoints."""
+    return hashlib.sha256(json.dumps(sorted(parameters.items())).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> CheckpointManifest:
+    """Read and check a manifest, its version and its coverage; opens no tensor file.
+
+    Raises:
+        CheckpointError: missing, not valid, of another version, or its fragments leave gaps.
+    """
+    path = folder / MANIFEST
+    try:
+        data = read_json(path)
+    except DataError as error:
+        raise CheckpointError(str(error)) from None
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format version {version!r}; this dstrain reads version {FORMAT_VERSION}")
+    try:
+        manifest = CheckpointManifest.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(p) for p in first["loc"])
+        raise CheckpointError(f"{path}: {key}: {first['msg']}") from None
+    check_coverage(manifest, path)
+    return manifest
+
+
+def check_coverage(manifest: CheckpointManifest, path: Path) -> None:
+    """Raise CheckpointError unless every element of every state of every parameter is stored exactly once."""
+    spans: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for entry in manifest.files.values():
+        for name, state, offset, count in entry.fragments:
+            spans.setdefault((name, state), []).append((offset, offset + count))
+    for name, shape in manifest.parameters.items():
+        for state in manifest.states:
+            at = 0
+            for begin, end in sorted(spans.pop((name, state), [])):
+                if begin != at or end < begin:
+                    raise CheckpointError(f"{path}: {name} {state}: elements {min(at, begin)} to {max(at, begin)} are not stored once")
+                at = end
+            if at != math.prod(shape):
+                raise CheckpointError(f"{path}: {name} {state}: {at} of {math.prod(shape)} elements are stored")
+    if spans:
+        raise CheckpointError(f"{path}: fragments of an unknown parameter: {next(iter(spans))}")
