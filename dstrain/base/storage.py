@@ -37,6 +37,63 @@ def write_bytes(path: Path, data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+class NewFile:
+    """A large file written piece by piece inside a staging folder, which is published as a whole later.
+
+    Attributes:
+        path: the file.
+        size_bytes: bytes written so far.
+    """
+
+    def __init__(self, path: Path):
+        """Create the file; it must not exist.
+
+        Raises:
+            StorageError: it cannot be created.
+        """
+        self.path = path
+        self.size_bytes = 0
+        self._digest = hashlib.sha256()
+        try:
+            self._file = open(path, "xb")
+        except OSError as error:
+            raise _storage_error(path, error) from error
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes.
+
+        Raises:
+            StorageError: the disk is full or failing.
+        """
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise _storage_error(self.path, error) from error
+        self._digest.update(data)
+        self.size_bytes += len(data)
+
+    def finish(self) -> str:
+        """Make the content durable, close the file and return its SHA-256.
+
+        Raises:
+            StorageError: the disk is full or failing.
+        """
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        except OSError as error:
+            raise _storage_error(self.path, error) from error
+        return self._digest.hexdigest()
+
+    def abandon(self) -> None:
+        """Close the file without promise; its folder is about to be removed."""
+        try:
+            self._file.close()
+        except OSError:
+            pass
+
+
 def write_text(path: Path, text: str) -> str:
     """Write a UTF-8 text file whole or not at all; returns its SHA-256."""
     return write_bytes(path, text.encode("utf-8"))
