@@ -94,6 +94,19 @@ class NewFile:
             pass
 
 
+def append_scratch(path: Path, data: bytes | bytearray) -> None:
+    """Append to a scratch file inside a staging folder: not durable, removed before the folder is published.
+
+    Raises:
+        StorageError: the disk is full or failing.
+    """
+    try:
+        with open(path, "ab") as file:
+            file.write(data)
+    except OSError as error:
+        raise _storage_error(path, error) from error
+
+
 def write_text(path: Path, text: str) -> str:
     """Write a UTF-8 text file whole or not at all; returns its SHA-256."""
     return write_bytes(path, text.encode("utf-8"))

@@ -29,12 +29,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from dstrain.base.errors import DataError
 from dstrain.base.logs import get_logger
 from dstrain.base.progress import bar
-from dstrain.base.storage import make_directory, publish_directory, read_json, remove_directory
+from dstrain.base.storage import make_directory, publish_directory, read_json, remove_directory, write_bytes, write_json
 
 _LOG = get_logger(__name__)
 
 TokenizerKind = Literal["wordpiece", "bpe", "unigram"]
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+TRAINING_NAME = "training.json"
+"""Provenance of a tokenizer that dstrain trained, beside tokenizer.json."""
 _ALPHABET_LIMIT = 1000
 _COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 _GLUE = "Ġ▁"
@@ -175,7 +177,7 @@ class Tokenizer:
             return
         for file in sorted(self.folder.iterdir()):
             if file.is_file() and file.suffix in _COPIED_SUFFIXES and _is_tokenizer_file(file.name):
-                shutil.copyfile(file, folder / file.name)
+                write_bytes(folder / file.name, file.read_bytes())
 
     def _required(self, name: str, index: int | None) -> int:
         if index is None:
@@ -278,9 +280,7 @@ def train_tokenizer(
         make_directory(staging)
         wrapped.save_pretrained(str(staging))
         if provenance is not None:
-            (staging / "training.json").write_text(
-                json.dumps(provenance, indent=1, sort_keys=True) + "\n", encoding="utf-8"
-            )
+            write_json(staging / TRAINING_NAME, provenance)
         if out.exists():
             remove_directory(out)
         publish_directory(staging, out)
