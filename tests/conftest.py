@@ -1,14 +1,14 @@
 """What every test stands on: a quiet, offline, single-threaded process and repeatable property tests.
 
-The environment is set here, before any test imports torch, DeepSpeed or a Hugging Face library, and child processes inherit
-it. `--import-mode=importlib` is in pyproject.toml, so test folders need no `__init__.py` and equal file names do not clash.
+The environment is set here, before any test imports torch, DeepSpeed or a Hugging Face library, and child processes
+inherit it. `--import-mode=importlib` is in pyproject.toml, so test folders need no `__init__.py` and equal file names do
+not clash.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,11 +30,10 @@ _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORL
 
 
 @pytest.fixture(autouse=True)
-def no_inherited_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _no_inherited_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test never believes to be a rank of the job that happens to run pytest."""
     for name in _RANK_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    yield
 
 
 @pytest.fixture(scope="session")
