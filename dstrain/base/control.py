@@ -8,14 +8,17 @@ call it at the same point, or a rank that does not is found by the timeout.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 
+from dstrain.base.errors import DstrainError, PeerError
 from dstrain.base.world import World
+
+ResultT = TypeVar("ResultT")
 
 
 class ControlPlane:
@@ -65,6 +68,28 @@ class ControlPlane:
     def from_first(self, value: Any) -> Any:
         """Collective. Rank 0's JSON-able value, on every rank; other ranks' argument is ignored."""
         return self.gather_json(value if self.world.is_first else None)[0]
+
+    def together(self, action: Callable[[], ResultT]) -> ResultT:
+        """Collective. Run a local action on every rank; when it fails on one, all leave.
+
+        Raises:
+            DstrainError: this rank's own fault.
+            PeerError: the fault of the first rank that had one, with its exit code.
+        """
+        fault: DstrainError | None = None
+        result: Any = None
+        try:
+            result = action()
+        except DstrainError as error:
+            fault = error
+        reports = self.gather_json([str(fault), int(fault.exit_code)] if fault is not None else None)
+        failed = next((rank for rank, report in enumerate(reports) if report is not None), None)
+        if failed is None:
+            return result  # type: ignore[no-any-return]
+        if fault is not None and failed == self.world.rank:
+            raise fault
+        message, code = reports[failed]
+        raise PeerError(f"rank {failed}: {message}", exit_code=code)
 
     def barrier(self) -> None:
         """Collective. Wait for every rank."""

@@ -43,6 +43,14 @@ class DstrainError(Exception):
     exit_code = ExitCode.BAD_INPUT
 
 
+class PeerError(DstrainError):
+    """Another rank failed; this one leaves with the same exit code and lets the other speak."""
+
+    def __init__(self, message: str, *, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = ExitCode(exit_code)
+
+
 class ConfigError(DstrainError):
     """A configuration file, key, value or command-line override is wrong."""
 

@@ -7,8 +7,7 @@ the low-precision parameters follow. Tested with DeepSpeed 0.19.8; a missing int
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import deepspeed
@@ -16,25 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dstrain.base.errors import MachineError
-
-MASTER = "fp32"
-MOMENTS = ("exp_avg", "exp_avg_sq")
-STATES = (MASTER, *MOMENTS)
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """A range of one flattened parameter's state, held by this rank."""
-
-    name: str
-    """Parameter name as the Hugging Face model knows it."""
-    state: str
-    """fp32, exp_avg or exp_avg_sq."""
-    offset: int
-    """First element inside the flattened parameter."""
-    tensor: Tensor
-    """(n,) fp32 view of DeepSpeed's memory."""
-
+from dstrain.checkpoint.manifest import MASTER, MOMENTS, Fragment
 
 class EngineState:
     """The fragments of one DeepSpeed engine with dstrain's AdamW."""
@@ -98,6 +79,15 @@ class EngineState:
                 persistent[0].all_gather(persistent)
         else:
             self._outer.update_lp_params()
+
+    @torch.no_grad()
+    def fill_masters(self, weights: Mapping[str, Tensor]) -> None:
+        """Collective. Write whole fp32 weights into the masters, which DeepSpeed starts from rounded values in bf16."""
+        for fragment in self.held():
+            if fragment.state == MASTER:
+                n = fragment.tensor.numel()
+                fragment.tensor.copy_(weights[fragment.name].reshape(-1)[fragment.offset : fragment.offset + n])
+        self.refresh()
 
     def optimizer_step(self) -> int:
         """How many times Adam has stepped; the same for every parameter."""

@@ -9,10 +9,12 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
+from torch import Tensor
 
 from dstrain.base.config import Config
 from dstrain.base.errors import CheckpointError, DataError
@@ -21,7 +23,25 @@ from dstrain.checkpoint.layout import MANIFEST, is_safe_name
 
 FORMAT_VERSION = 1
 
+MASTER = "fp32"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STATES = (MASTER, *MOMENTS)
+
 _MAX_ELEMENTS = 1 << 40
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A contiguous range of one flattened parameter's state, as one rank holds it."""
+
+    name: str
+    """Parameter name as the Hugging Face model knows it."""
+    state: str
+    """fp32, exp_avg or exp_avg_sq."""
+    offset: int
+    """First element inside the flattened parameter."""
+    tensor: Tensor
+    """(n,) fp32; a view of the engine's memory where a rank saves or loads."""
 
 
 class FileEntry(Config):

@@ -21,9 +21,8 @@ from torch import Tensor
 
 from dstrain.base.errors import CheckpointError
 from dstrain.base.storage import file_sha256
-from dstrain.checkpoint.fragments import MASTER, Fragment
 from dstrain.checkpoint.layout import published_steps
-from dstrain.checkpoint.manifest import CheckpointManifest, read_manifest
+from dstrain.checkpoint.manifest import MASTER, CheckpointManifest, Fragment, read_manifest
 from dstrain.checkpoint.writer import fragment_key
 
 

@@ -22,9 +22,8 @@ from dstrain.base.control import ControlPlane
 from dstrain.base.errors import CheckpointError, DstrainError, StorageError
 from dstrain.base.logs import get_logger
 from dstrain.base.storage import make_directory, publish_directory, remove_directory, write_bytes, write_json, write_text
-from dstrain.checkpoint.fragments import Fragment
 from dstrain.checkpoint.layout import MANIFEST, fragment_file, leftovers, published_steps, staging_folder, step_folder
-from dstrain.checkpoint.manifest import CheckpointManifest
+from dstrain.checkpoint.manifest import CheckpointManifest, Fragment
 from dstrain.checkpoint.retention import keep_newest
 
 _LOG = get_logger(__name__)

@@ -263,6 +263,28 @@ def architecture_of(module: nn.Module) -> dict[str, Any]:
     return cast("dict[str, Any]", cast(PreTrainedModel, module.model).config.to_dict())
 
 
+def save_folder(module: nn.Module, folder: Path) -> None:
+    """Write config.json and model.safetensors of the wrapped model, as plain transformers would."""
+    model = cast(PreTrainedModel, module.model)
+    model.config._attn_implementation_internal = None  # the exported folder chooses its own attention
+    model.save_pretrained(str(folder))
+
+
+def plain_logits(module: nn.Module, tokens: Tensor) -> Tensor:
+    """Logits of one unpadded text (T,) by the wrapped model itself, without hook or packing; call in eval mode."""
+    model = cast(PreTrainedModel, module.model)
+    return cast(Tensor, model(input_ids=tokens[None], attention_mask=torch.ones_like(tokens)[None]).logits[0])
+
+
+def reload_logits(folder: Path, tokens: Tensor) -> Tensor:
+    """Logits of the same text by the folder, loaded as any user would."""
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    is_masked_lm = any(name.endswith("ForMaskedLM") for name in config.architectures or ())
+    factory = AutoModelForMaskedLM if is_masked_lm else AutoModelForSequenceClassification
+    model = factory.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32).eval()
+    return cast(Tensor, model(input_ids=tokens[None], attention_mask=torch.ones_like(tokens)[None]).logits[0])
+
+
 def position_offset(model: PreTrainedModel) -> int:
     """Where position ids start: padding_idx + 1 for the RoBERTa family, else 0."""
     embeddings = getattr(model.base_model, "embeddings", None)

@@ -7,6 +7,7 @@ trained on, when to save or when to stop.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -79,6 +80,7 @@ def start_processes(world: World, *, device: str, timeout_s: int) -> ControlPlan
         MachineError: the rendezvous failed; the message names the address.
     """
     world.export(os.environ)
+    logging.getLogger("DeepSpeed").setLevel(os.environ.get("DSTRAIN_DEEPSPEED_LOG_LEVEL", "WARNING").upper())
     # The op serves inference only; building it needs a compiler and may wait for ever on a stale lock.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     clear_stale_locks()

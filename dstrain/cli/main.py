@@ -1,0 +1,80 @@
+"""The `dstrain` command: one parser, one place where faults become messages and exit codes.
+
+Nothing heavy is imported before a subcommand asks for it, so that `dstrain --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from dstrain.base.errors import DstrainError, ExitCode, PeerError
+from dstrain.cli import demo, export, shards, tokenizer, training
+
+_EPILOG = """
+the way from text to a model:
+  dstrain tokenizer train --input 'corpus/*.jsonl.gz' --vocab-size 32768 --out tok/
+  dstrain shards build --input 'corpus/*.jsonl.gz' --tokenizer tok/ --out shards/
+  deepspeed --num_gpus 8 launch/pretrain.py --config configs/bert-base.yaml data.path=shards/
+  dstrain export runs/bert-base --out hf/
+  deepspeed --num_gpus 8 launch/finetune.py --config configs/finetune/sst2.yaml model.init_from=runs/bert-base
+  tensorboard --logdir runs/
+
+exit codes: 0 complete, 75 saved on request (start again to go on), 78 wrong configuration or data,
+80 run folder in use, 81 nothing to resume; all of them in docs/exit-codes.md
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="dstrain",
+        description="Pretrain an encoder on your own data, on your own cluster, for as little money as possible.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subparsers = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+    for module in (tokenizer, shards, training, export, demo):
+        module.add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse and run; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    return guarded(lambda: int(args.run(args)))
+
+
+def guarded(action: Callable[[], int]) -> int:
+    """Run an action; a user's fault becomes one message on stderr and its exit code, never a traceback."""
+    try:
+        return action()
+    except PeerError as error:
+        return int(error.exit_code)  # the rank that failed speaks
+    except DstrainError as error:
+        if _is_speaker() or error.exit_code != ExitCode.BAD_INPUT:
+            print(f"dstrain: error: {error}", file=sys.stderr, flush=True)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        print("dstrain: interrupted", file=sys.stderr, flush=True)
+        return 130
+    except BrokenPipeError:  # the reader of our output (`| head`) has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _is_speaker() -> bool:
+    """Every rank reads the same configuration and finds the same fault in it: rank 0 says so, once."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0" or "DSTRAIN_ALL_RANKS_SPEAK" in os.environ
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+def stage_entry(stage: str) -> None:
+    """What launch/*.py call: the same as `dstrain STAGE`, with the launcher's own arguments accepted."""
+    sys.exit(main([stage, *sys.argv[1:]]))

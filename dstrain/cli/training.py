@@ -1,0 +1,155 @@
+"""`dstrain pretrain`, `finetune` and `evaluate`: the same commands that launch/*.py run under a launcher."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from dstrain.base.config import Config, load_config, merge, parse_overrides, read_yaml, validate
+from dstrain.base.errors import ConfigError
+
+_STAGES = {
+    "pretrain": (
+        "pretrain a masked-language model on shards",
+        "deepspeed --num_gpus 8 launch/pretrain.py --config configs/bert-base.yaml train.max_steps=1000\n"
+        "  torchrun --nproc-per-node 8 launch/pretrain.py --config configs/bert-base.yaml\n"
+        "  srun python launch/pretrain.py --config configs/bert-base.yaml\n"
+        "  dstrain pretrain configs/demo/pretrain.yaml          (one process)",
+    ),
+    "finetune": (
+        "fine-tune an encoder on a task given as files",
+        "deepspeed --num_gpus 8 launch/finetune.py --config configs/finetune/sst2.yaml model.init_from=runs/bert-base\n"
+        "  dstrain finetune configs/finetune/sst2.yaml task.train=train.tsv",
+    ),
+}
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the training commands."""
+    for stage, (summary, examples) in _STAGES.items():
+        parser = subparsers.add_parser(
+            stage,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}. Starting again with the same run_folder resumes from its newest "
+            "valid checkpoint, at any number of processes and any ZeRO stage.",
+            epilog=f"examples:\n  {examples}\n\nkeys: docs/configuration.md",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        _add_run_arguments(parser)
+        parser.set_defaults(run=_run_stage, stage=stage)
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="score a run's checkpoint on its held-out data",
+        description="Load a run's checkpoint and score its held-out data: masked loss and accuracy, or the task's metrics.",
+        epilog="examples:\n  dstrain evaluate runs/bert-base\n"
+        "  deepspeed --num_gpus 8 launch/evaluate.py --run runs/bert-base --step 1000",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_folder", nargs="?", type=Path, help="the run folder")
+    parser.add_argument("--run", dest="run_option", type=Path, metavar="FOLDER", help="the same, as an option")
+    parser.add_argument("--step", type=int, help="checkpoint to score; default: the best by metric, else the newest")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the run's configuration")
+    parser.set_defaults(run=_run_evaluate)
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the run's YAML")
+    parser.add_argument("items", nargs="*", metavar="FILE | key=value", help="the run's YAML, and overrides such as train.max_steps=100")
+    parser.add_argument("--deepspeed_config", "--deepspeed-config", type=Path, metavar="FILE", help="JSON laid over the `deepspeed:` section")
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # the ecosystem's flag; always on here
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
+
+
+def _split_items(args: argparse.Namespace) -> tuple[Path, list[str]]:
+    overrides = [item for item in args.items if "=" in item]
+    files = [Path(item) for item in args.items if "=" not in item] + ([args.config] if args.config else [])
+    if len(files) != 1:
+        found = ", ".join(str(f) for f in files) or "none"
+        raise ConfigError(f"give exactly one configuration file (found: {found}), for example --config configs/bert-base.yaml")
+    return files[0], overrides
+
+
+def _run_stage(args: argparse.Namespace) -> int:
+    from dstrain.base.logs import configure_logs
+    from dstrain.base.world import world_from_environment
+
+    world = world_from_environment(local_rank=args.local_rank)
+    configure_logs(world)
+    path, overrides = _split_items(args)
+    config = load_stage_config(args.stage, path, overrides, overlay=args.deepspeed_config)
+    _prepare(config)
+    if args.stage == "pretrain":
+        from dstrain.stages.pretrain import pretrain
+
+        return int(pretrain(config, world))
+    from dstrain.stages.finetune import finetune
+
+    return int(finetune(config, world))
+
+
+def _run_evaluate(args: argparse.Namespace) -> int:
+    from dstrain.base.logs import configure_logs
+    from dstrain.base.world import world_from_environment
+
+    world = world_from_environment(local_rank=args.local_rank)
+    configure_logs(world)
+    overrides = list(args.overrides)
+    folder = args.run_option or args.run_folder
+    if args.run_option is not None and args.run_folder is not None:
+        overrides.insert(0, str(args.run_folder))
+    if folder is None:
+        raise ConfigError("give the run folder, for example: dstrain evaluate runs/bert-base")
+    stage, config = load_run_config(folder, overrides)
+    _prepare(config)
+    from dstrain.stages.evaluate import evaluate
+
+    metrics = evaluate(stage, config, world, step=args.step)
+    if world.is_first:
+        print(json.dumps(metrics, indent=1))
+    return 0
+
+
+def load_stage_config(stage: str, path: Path, overrides: list[str], *, overlay: Path | None = None) -> Any:
+    """The validated configuration of a stage.
+
+    Raises:
+        ConfigError: see `base.config.load_config`.
+    """
+    from dstrain.stages.config import FinetuneConfig, PretrainConfig
+
+    model: type[Config] = PretrainConfig if stage == "pretrain" else FinetuneConfig
+    if overlay is None:
+        return load_config(model, path, overrides)
+    from dstrain.base.storage import read_json
+    from dstrain.train.ds_config import check_overlay
+
+    extra = {"deepspeed": check_overlay(read_json(overlay), source=str(overlay))}
+    data = merge(merge(read_yaml(path), extra), parse_overrides(overrides))
+    return validate(model, data, source=str(path))
+
+
+def load_run_config(folder: Path, overrides: list[str]) -> tuple[str, Any]:
+    """Stage and configuration of an existing run.
+
+    Raises:
+        ConfigError: the folder is not a run.
+    """
+    from dstrain.stages.config import FinetuneConfig, PretrainConfig
+
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{folder}: not a run folder (config.yaml is missing)")
+    data = read_yaml(folder / "config.yaml")
+    stage = str(data.pop("stage", "pretrain"))
+    data = merge(data, parse_overrides(overrides))
+    data["run_folder"] = str(folder)
+    return stage, validate(PretrainConfig if stage == "pretrain" else FinetuneConfig, data, source=str(folder / "config.yaml"))
+
+
+def _prepare(config: Any) -> None:
+    """Choose the device before the engine's library is imported: it looks once, at import."""
+    from dstrain.base.device import choose_device
+
+    choose_device(config.engine.device)

@@ -1,0 +1,53 @@
+"""Score a finished (or running) run's checkpoint on its held-out data, with the same engine and batches as in training."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import torch
+
+from dstrain.base.errors import ConfigError
+from dstrain.base.world import World
+from dstrain.checkpoint.fragments import EngineState
+from dstrain.checkpoint.manifest import MASTER
+from dstrain.stages import finetune, pretrain
+from dstrain.stages.config import FinetuneConfig, PretrainConfig
+from dstrain.stages.initial import best_checkpoint
+from dstrain.stages.training import open_site
+from dstrain.train.engine import PARAMETER_PREFIX, Engine
+
+
+def evaluate(stage: str, config: PretrainConfig | FinetuneConfig, world: World, *, step: int | None) -> dict[str, float]:
+    """Collective. The held-out metrics of a checkpoint; writes nothing.
+
+    Args:
+        stage: pretrain or finetune, as the run says.
+        config: of the run.
+        world: this process's place; any number of processes gives the same metrics.
+        step: which checkpoint; None takes the best by metric, else the newest valid one.
+
+    Raises:
+        ConfigError: the run has no such checkpoint, or nothing to evaluate on.
+    """
+    with ExitStack() as stack:
+        site = stack.enter_context(open_site(config, world))
+        checkpoint = site.control.together(lambda: best_checkpoint(config.run_folder, step=step))
+        if isinstance(config, PretrainConfig):
+            pretraining = config
+            parts = site.control.together(lambda: pretrain.assemble(pretraining, site))
+        else:
+            finetuning = config
+            parts = site.control.together(lambda: finetune.assemble(finetuning, site))
+        if parts.evaluate is None:
+            raise ConfigError(f"{config.run_folder}: a {stage} run without held-out data cannot be evaluated")
+        engine = Engine(
+            parts.model, parts.objective, config=config.engine, optimizer=config.optimizer, control=site.control,
+            device=site.device, precision=site.precision, micro_batch=config.train.micro_batch,
+            accumulation=parts.accumulation, seed=config.seed, raw=config.deepspeed.values(),
+        )  # fmt: skip
+        fragments = EngineState(engine.engine, prefix=PARAMETER_PREFIX)
+        with torch.no_grad():
+            site.control.together(lambda: checkpoint.load_into(f for f in fragments.held() if f.state == MASTER))
+        fragments.refresh()
+        metrics = parts.evaluate(engine)
+        return {"step": float(checkpoint.manifest.step), **metrics}

@@ -1,0 +1,115 @@
+"""Export a checkpoint as a native Hugging Face folder, on a CPU, without the training job; proven by a logits comparison.
+
+The folder is loaded back with plain transformers (its own attention, no hook) and must give the logits of the weights in
+the checkpoint before the folder gets its name.
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dstrain.base.errors import CheckpointError, ConfigError
+from dstrain.base.logs import get_logger
+from dstrain.base.storage import make_directory, publish_directory, remove_directory, write_text
+from dstrain.checkpoint.reader import Checkpoint
+from dstrain.data.tokenizer import Tokenizer
+from dstrain.models.config import ModelConfig
+from dstrain.models.huggingface import build_classifier, build_masked_lm, initialise, plain_logits, reload_logits, save_folder
+from dstrain.stages.initial import best_checkpoint
+from dstrain.stages.model_card import model_card
+
+TOLERANCE = 1e-5
+"""Largest difference of fp32 logits between the checkpoint's weights and the exported folder."""
+
+_LOG = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was exported."""
+
+    step: int
+    num_parameters: int
+    max_difference: float
+
+
+def export_run(run_folder: Path, out: Path, *, step: int | None = None, overwrite: bool = False) -> ExportReport:
+    """Write a Hugging Face folder, or nothing.
+
+    Args:
+        run_folder: of a pretraining or fine-tuning run.
+        out: folder to make.
+        step: checkpoint to export; None takes the best by metric, else the newest valid one.
+        overwrite: replace `out` if it exists.
+
+    Raises:
+        ConfigError: no such run or checkpoint, or `out` exists.
+        CheckpointError: the exported logits differ.
+    """
+    if not run_folder.is_dir():
+        raise ConfigError(f"{run_folder}: no such run folder")
+    if out.exists() and not overwrite:
+        raise ConfigError(f"{out}: exists already; give another --out, or --overwrite to replace it")
+    checkpoint = best_checkpoint(run_folder, step=step)
+    tokenizer = Tokenizer.load(checkpoint.folder / "tokenizer")
+    module = rebuild(checkpoint, tokenizer)
+    make_directory(out.parent)
+    staging = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        make_directory(staging)
+        save_folder(module, staging)
+        tokenizer.copy_to(staging)
+        write_text(staging / "README.md", model_card(run_folder, checkpoint))
+        difference = _compare(module, staging, tokenizer)
+        if not difference <= TOLERANCE:
+            raise CheckpointError(f"export: the exported folder's logits differ by {difference:.1e} (limit {TOLERANCE:.0e}); nothing was written")
+        if out.exists():
+            remove_directory(out)
+        publish_directory(staging, out)
+    finally:
+        if staging.exists():
+            remove_directory(staging)
+    parameters = sum(p.numel() for p in module.parameters())
+    return ExportReport(step=checkpoint.manifest.step, num_parameters=parameters, max_difference=difference)
+
+
+def rebuild(checkpoint: Checkpoint, tokenizer: Tokenizer) -> nn.Module:
+    """The checkpoint's model in fp32 with its weights, on the CPU."""
+    manifest = checkpoint.manifest
+    config = ModelConfig(config={"model_type": manifest.architecture["model_type"]}, attention="padded", pad_vocab_to=1)
+    extra: dict[str, Any] = dict(manifest.extra)
+    architecture = {k: v for k, v in manifest.architecture.items() if k not in _DROPPED}
+    special = {key: manifest.architecture.get(key) for key in _SPECIAL}
+    if manifest.stage == "pretrain":
+        module: nn.Module = build_masked_lm(config, vocab_size=tokenizer.vocab_size, special=special, architecture=architecture)  # type: ignore[arg-type]
+    else:
+        labels = tuple(extra.get("labels", ()))
+        regression = extra.get("task") == "regression"
+        module = build_classifier(
+            config, num_labels=1 if regression else len(labels), labels=labels, regression=regression,
+            vocab_size=tokenizer.vocab_size, special=special, architecture=architecture,  # type: ignore[arg-type]
+        )  # fmt: skip
+    fresh = initialise(module, checkpoint.tensors(), source=str(checkpoint.folder))
+    if fresh:
+        raise CheckpointError(f"{checkpoint.folder}: does not hold {', '.join(fresh)}")
+    return module.eval()
+
+
+_SPECIAL = ("pad_token_id", "cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id")
+_DROPPED = (
+    "transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype", "num_labels", "id2label", "label2id", "problem_type",
+)  # fmt: skip
+
+
+def _compare(module: nn.Module, folder: Path, tokenizer: Tokenizer) -> float:
+    """Largest logit difference on a fixed text, between the module and the folder loaded by plain transformers."""
+    ids = torch.arange(24) * 7919 % max(1, tokenizer.vocab_size - 8) + 5
+    tokens: Tensor = torch.cat([torch.tensor([tokenizer.cls_id]), ids % tokenizer.vocab_size, torch.tensor([tokenizer.sep_id])])
+    with torch.no_grad():
+        return float((plain_logits(module, tokens) - reload_logits(folder, tokens)).abs().max())

@@ -1,0 +1,96 @@
+"""Where a new run's weights come from: a run folder, one of its checkpoints, or a Hugging Face folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dstrain.base.errors import ConfigError
+from dstrain.checkpoint.layout import MANIFEST, checkpoints_folder
+from dstrain.checkpoint.reader import Checkpoint, newest_valid
+from dstrain.data.tokenizer import Tokenizer
+from dstrain.models.huggingface import load_folder_weights, read_architecture
+
+
+@dataclass(frozen=True)
+class Origin:
+    """An existing model: its architecture, its weights and its tokenizer."""
+
+    source: str
+    architecture: Mapping[str, Any]
+    tokenizer_folder: Path | None
+    checkpoint: Checkpoint | None
+    folder: Path
+
+    def weights(self) -> dict[str, Tensor]:
+        """fp32 tensors under Hugging Face names."""
+        if self.checkpoint is not None:
+            return self.checkpoint.tensors()
+        return load_folder_weights(self.folder)
+
+
+def find_origin(init_from: str | None) -> Origin | None:
+    """Look at what `model.init_from` names; None when it names nothing.
+
+    Raises:
+        ConfigError: the folder is missing or holds neither a run, a checkpoint nor a Hugging Face model.
+    """
+    if init_from is None:
+        return None
+    folder = Path(init_from)
+    if not folder.is_dir():
+        raise ConfigError(f"model.init_from: {folder}: no such folder (models are not downloaded; give a local folder)")
+    if checkpoints_folder(folder).is_dir():
+        return _from_checkpoint(best_checkpoint(folder))
+    if (folder / MANIFEST).is_file():
+        return _from_checkpoint(Checkpoint(folder))
+    if (folder / "config.json").is_file():
+        tokenizer = folder if (folder / "tokenizer.json").is_file() else None
+        return Origin(str(folder), read_architecture(folder), tokenizer, None, folder)
+    raise ConfigError(
+        f"model.init_from: {folder}: neither a run folder (checkpoints/), nor a checkpoint (manifest.json), "
+        "nor a Hugging Face folder (config.json)"
+    )
+
+
+def best_checkpoint(run_folder: Path, *, step: int | None = None) -> Checkpoint:
+    """The checkpoint a finished run is known by: `step` if given, else its best by metric, else its newest valid one.
+
+    Raises:
+        ConfigError: there is none that is whole.
+    """
+    folder = checkpoints_folder(run_folder)
+    newest = newest_valid(folder, at_step=step)
+    if newest.checkpoint is not None and step is None:
+        best = newest.checkpoint.manifest.state.get("best_step")
+        if isinstance(best, int):
+            chosen = newest_valid(folder, at_step=best)
+            return chosen.checkpoint or newest.checkpoint
+    if newest.checkpoint is None:
+        reasons = "; ".join(reason for _, reason in newest.damaged)
+        which = f"checkpoint of step {step}" if step is not None else "valid checkpoint"
+        raise ConfigError(f"{run_folder}: no {which}" + (f" ({reasons})" if reasons else ""))
+    return newest.checkpoint
+
+
+def _from_checkpoint(checkpoint: Checkpoint) -> Origin:
+    tokenizer = checkpoint.folder / "tokenizer"
+    manifest = checkpoint.manifest
+    drop = ("transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype", "num_labels", "id2label", "label2id", "problem_type")
+    architecture = {key: value for key, value in manifest.architecture.items() if key not in drop}
+    return Origin(str(checkpoint.folder), architecture, tokenizer if tokenizer.is_dir() else None, checkpoint, checkpoint.folder)
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """The ids a model's configuration names."""
+    return {
+        "pad_token_id": tokenizer.pad_id,
+        "cls_token_id": tokenizer.cls_id,
+        "sep_token_id": tokenizer.sep_id,
+        "bos_token_id": tokenizer.cls_id,
+        "eos_token_id": tokenizer.sep_id,
+    }
