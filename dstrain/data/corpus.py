@@ -7,6 +7,7 @@ pattern that matches nothing. No remote code is run, no archive is extracted. Do
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
 import glob
@@ -154,17 +155,48 @@ def file_format(path: Path, config: CorpusConfig) -> Format:
     return found
 
 
+def read_rows(path: Path, config: CorpusConfig | None = None) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yield line (or row) number, from 1, and columns of every row of one jsonl, csv, tsv or parquet file.
+
+    Raises:
+        DataError: the file cannot be read or has no rows by its format; the message names file and line.
+    """
+    config = config or CorpusConfig()
+    kind = file_format(path, config)
+    if kind == "txt":
+        raise DataError(f"{path}: a txt file has no columns; use jsonl, csv, tsv or parquet")
+    with _faults_named(path):
+        yield from _file_rows(path, kind, config, lambda _count: None, columns=None)
+
+
 def _read_file(path: Path, config: CorpusConfig, report: OnBytes) -> Iterator[Document]:
     kind = file_format(path, config)
-    try:
-        if kind == "parquet":
-            yield from _read_parquet(path, config, report)
+    with _faults_named(path):
+        if kind == "txt":
+            with _open(path, report) as stream:
+                yield from _read_txt(path, stream, config)
             return
-        readers = {"txt": _read_txt, "jsonl": _read_jsonl, "csv": _read_table, "tsv": _read_table}
-        with _open(path, report) as stream:
-            yield from readers[kind](path, stream, config)
+        columns = [config.text_field] + ([config.id_field] if config.id_field else [])
+        for number, row in _file_rows(path, kind, config, report, columns=columns):
+            yield _document(row, config, place=f"{path}:{number}")
+
+
+@contextlib.contextmanager
+def _faults_named(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: cannot be read to its end: {error}. The file may be cut: copy it again") from error
+
+
+def _file_rows(
+    path: Path, kind: Format, config: CorpusConfig, report: OnBytes, *, columns: Sequence[str] | None
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    if kind == "parquet":
+        yield from _parquet_rows(path, report, columns)
+        return
+    with _open(path, report) as stream:
+        yield from _json_rows(path, stream, config) if kind == "jsonl" else _table_rows(path, stream, config)
 
 
 class _Counted(io.RawIOBase):
@@ -246,7 +278,7 @@ def _read_txt(path: Path, stream: IO[bytes], config: CorpusConfig) -> Iterator[D
         yield Document(str(path) if config.split == "file" else f"{path}:{first}", "".join(gathered).strip())
 
 
-def _read_jsonl(path: Path, stream: IO[bytes], config: CorpusConfig) -> Iterator[Document]:
+def _json_rows(path: Path, stream: IO[bytes], config: CorpusConfig) -> Iterator[tuple[int, Mapping[str, Any]]]:
     for number, line in _lines(path, stream, config):
         if not line.strip():
             continue
@@ -257,10 +289,10 @@ def _read_jsonl(path: Path, stream: IO[bytes], config: CorpusConfig) -> Iterator
             raise DataError(f"{path}:{number}: not valid JSON: {reason}. Each line must be one JSON object") from None
         if not isinstance(row, dict):
             raise DataError(f"{path}:{number}: each line must be a JSON object, found {type(row).__name__}")
-        yield _document(row, config, place=f"{path}:{number}")
+        yield number, row
 
 
-def _read_table(path: Path, stream: IO[bytes], config: CorpusConfig) -> Iterator[Document]:
+def _table_rows(path: Path, stream: IO[bytes], config: CorpusConfig) -> Iterator[tuple[int, Mapping[str, Any]]]:
     # csv keeps its field limit in the module; documents are longer than its 128 KiB default.
     csv.field_size_limit(config.max_document_bytes)
     tabs = file_format(path, config) == "tsv"
@@ -274,29 +306,29 @@ def _read_table(path: Path, stream: IO[bytes], config: CorpusConfig) -> Iterator
         for row in reader:
             if not row:
                 continue
-            place = f"{path}:{reader.line_num}"
             if len(row) != len(header):
-                raise DataError(f"{place}: {len(row)} fields, the header has {len(header)}")
-            yield _document(dict(zip(header, row)), config, place=place)
+                raise DataError(f"{path}:{reader.line_num}: {len(row)} fields, the header has {len(header)}")
+            yield reader.line_num, dict(zip(header, row))
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: cannot be read as {'TSV' if tabs else 'CSV'}: {error}") from None
 
 
-def _read_parquet(path: Path, config: CorpusConfig, report: OnBytes) -> Iterator[Document]:
+def _parquet_rows(
+    path: Path, report: OnBytes, columns: Sequence[str] | None
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
     with pyarrow.parquet.ParquetFile(path) as file:
         names = file.schema_arrow.names
-        wanted = [config.text_field] + ([config.id_field] if config.id_field else [])
-        missing = next((name for name in wanted if name not in names), None)
+        missing = next((name for name in columns or () if name not in names), None)
         if missing is not None:
             raise DataError(_no_field(missing, names, place=str(path)))
         row_number = 0
         num_groups = max(file.num_row_groups, 1)
         size = path.stat().st_size
         for group in range(file.num_row_groups):
-            for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=wanted):
+            for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=columns):
                 for row in _rows(batch, place=f"{path}: row {row_number}"):
                     row_number += 1
-                    yield _document(row, config, place=f"{path}:{row_number}")
+                    yield row_number, row
             report(size * (group + 1) // num_groups - size * group // num_groups)
 
 
