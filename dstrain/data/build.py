@@ -36,7 +36,8 @@ from dstrain.data.tokenizer import Tokenizer
 BUILDER_VERSION = 1
 """Raised when the same request would give other bytes."""
 TRAIN, VALIDATION, TOKENIZER = "train", "validation", "tokenizer"
-_EXPANSION = 4
+_EXPANSION = 4  # bytes of text a byte of compressed input may give; only sizes the scratch buckets
+_QUICK_BYTES = 256 << 20  # hashed in well under a second: not worth a bar
 _LOG = get_logger(__name__)
 
 
@@ -137,7 +138,8 @@ def _request(
     sources: Sequence[Source], tokenizer: Tokenizer, config: ShardBuildConfig, *, quiet: bool
 ) -> dict[str, Any]:
     """All that decides the output; equal requests give equal bytes. Inputs count by content, not by place."""
-    files = track(sources, total=len(sources), description="hashing inputs", unit="file", quiet=quiet)
+    is_quick = sum(source.size_bytes or 0 for source in sources) < _QUICK_BYTES
+    files = track(sources, total=len(sources), description="hashing inputs", unit="file", quiet=quiet or is_quick)
     found = [
         {"name": Path(s.name).name, "bytes": s.size_bytes, "sha256": file_sha256(Path(s.name))}
         if s.is_file

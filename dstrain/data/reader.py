@@ -48,8 +48,12 @@ class ShardDataset:
         blocks: (num_blocks,) records of `block_index.RECORD`.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, check_shards: bool = True):
         """Check manifest, index and the presence and size of every shard; no payload is read.
+
+        Args:
+            path: the dataset's folder.
+            check_shards: False leaves missing and cut shards to the first read of one of their blocks.
 
         Raises:
             DataError: naming the file and the fix.
@@ -63,7 +67,7 @@ class ShardDataset:
             raise DataError(f"{index}: sha256 differs from the manifest. Copy the dataset again, or build it again")
         sizes = np.array([shard.bytes for shard in self.manifest.shards], dtype=np.int64)
         check_records(self.blocks, shard_bytes=sizes, token_bytes=self._dtype.itemsize, source=str(index))
-        for shard in self.manifest.shards:
+        for shard in self.manifest.shards if check_shards else ():
             self._check_size(shard.name, shard.bytes)
         self._files: OrderedDict[int, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
