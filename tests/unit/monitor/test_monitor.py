@@ -8,6 +8,9 @@ from dstrain.monitor.events import read_events
 from dstrain.monitor.flops import ModelShape
 from dstrain.monitor.monitor import Monitor
 
+# TensorBoard's writing thread dies with a traceback when its folder goes away; pytest may notice in a later test.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
 SHAPE = ModelShape(layers=2, hidden=64, intermediate=256, vocab=1000)
 
 
@@ -158,7 +161,6 @@ def test_ranks_above_0_leave_no_trace(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_run_folder_deleted_under_the_run_stops_nothing(tmp_path):
     observer, state = monitor(tmp_path / "run", tensorboard=True, log_every=1), RunState()
     observer.on_step(state, report(1))

@@ -5,6 +5,9 @@ from tensorboard.summary.writer import event_file_writer
 from dstrain.base.world import World
 from dstrain.monitor.tensorboard import TensorBoard
 
+# TensorBoard's writing thread dies with a traceback when its folder goes away; pytest may notice in a later test.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
 
 @pytest.fixture(autouse=True)
 def files_sort_by_age(monkeypatch):
@@ -55,7 +58,6 @@ def test_other_ranks_write_nothing(tmp_path):
     assert not (tmp_path / "tensorboard").exists()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_deleted_folder_is_made_again_and_points_go_on(tmp_path, messages):
     folder = tmp_path / "tensorboard"
     board = TensorBoard(folder, World(), start_step=0, retry_seconds=0.0)
