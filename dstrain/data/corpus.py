@@ -221,14 +221,50 @@ class _Counted(io.RawIOBase):
         super().close()
 
 
+class _Zstd(io.RawIOBase):
+    """Decompressed zstd frames, back to back. zstandard's own reader takes a cut file for a complete one."""
+
+    # A frame can grow 32,000-fold, so small pieces of input keep a bomb's output bounded.
+    _PIECE_BYTES = 4096
+
+    def __init__(self, raw: io.BufferedReader):
+        super().__init__()
+        self._raw = raw
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._is_inside = False
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            piece = self._frame.unused_data or self._raw.read(self._PIECE_BYTES)
+            if not piece:
+                if self._is_inside:
+                    raise EOFError("the zstd stream ends in the middle of a frame")
+                return 0
+            if self._frame.eof:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._ready = memoryview(self._frame.decompress(piece))
+            self._is_inside = not self._frame.eof
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
 def _open(path: Path, report: OnBytes) -> IO[bytes]:
     raw = io.BufferedReader(_Counted(path, report), buffer_size=1 << 20)
     suffix = path.suffix.lower()
     if suffix == ".gz":
         return io.BufferedReader(gzip.GzipFile(fileobj=raw), buffer_size=1 << 20)
     if suffix == ".zst":
-        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=True)
-        return io.BufferedReader(reader, buffer_size=1 << 20)
+        return io.BufferedReader(_Zstd(raw), buffer_size=1 << 20)
     return raw
 
 

@@ -82,7 +82,7 @@ def test_word_starts_count_the_words_of_a_text(trained):
 def test_pairs_are_cut_from_the_longer_text_and_typed(trained):
     second = trained.encode_documents(["owls"])[0].tolist()
     length = 2 * len(second) + 3
-    example = trained.encode_examples(["the quick brown fox jumps over a dog"] , ["owls"], max_length=length)[0]
+    example = trained.encode_examples(["the quick brown fox jumps over a dog"], ["owls"], max_length=length)[0]
     assert len(example.tokens) == length
     assert example.tokens[0] == trained.cls_id
     assert example.tokens.tolist().count(trained.sep_id) == 2
