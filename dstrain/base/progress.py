@@ -37,7 +37,9 @@ def bar(*, total: int | float | None, description: str, unit: str, scale: bool =
     )
 
 
-def track(items: Iterable[ItemT], *, total: int | None, description: str, unit: str, quiet: bool = False) -> Iterator[ItemT]:
+def track(
+    items: Iterable[ItemT], *, total: int | None, description: str, unit: str, quiet: bool = False
+) -> Iterator[ItemT]:
     """Yield from `items` under a bar."""
     with bar(total=total, description=description, unit=unit, quiet=quiet) as progress:
         for item in items:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dstrain.base.errors import MachineError
 from dstrain.checkpoint.manifest import MASTER, MOMENTS, Fragment
 
+
 class EngineState:
     """The fragments of one DeepSpeed engine with dstrain's AdamW."""
 
@@ -32,7 +33,9 @@ class EngineState:
         """
         self._engine = engine
         self._stage = int(engine.zero_optimization_stage())
-        self._parameters = {name.removeprefix(prefix): p for name, p in engine.module.named_parameters() if p.requires_grad}
+        self._parameters = {
+            name.removeprefix(prefix): p for name, p in engine.module.named_parameters() if p.requires_grad
+        }
         self._outer = engine.optimizer
         self._inner = engine.basic_optimizer
         self._check_internals()
@@ -183,7 +186,9 @@ class EngineState:
         }
         missing = [name for name in needs.get(self._stage, ()) if not hasattr(self._outer, name)]
         if self._stage in (1, 2):
-            missing += [] if all(hasattr(p, "_hp_mapping") for p in self._parameters.values()) else ["param._hp_mapping"]
+            missing += (
+                [] if all(hasattr(p, "_hp_mapping") for p in self._parameters.values()) else ["param._hp_mapping"]
+            )
         if missing:
             raise MachineError(
                 f"DeepSpeed {deepspeed.__version__} at ZeRO stage {self._stage} has no {', '.join(missing)}: "

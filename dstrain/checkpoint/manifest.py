@@ -152,7 +152,9 @@ def check_coverage(manifest: CheckpointManifest, path: Path) -> None:
             at = 0
             for begin, end in sorted(spans.pop((name, state), [])):
                 if begin != at or end < begin:
-                    raise CheckpointError(f"{path}: {name} {state}: elements {min(at, begin)} to {max(at, begin)} are not stored once")
+                    raise CheckpointError(
+                        f"{path}: {name} {state}: elements {min(at, begin)} to {max(at, begin)} are not stored once"
+                    )
                 at = end
             if at != math.prod(shape):
                 raise CheckpointError(f"{path}: {name} {state}: {at} of {math.prod(shape)} elements are stored")

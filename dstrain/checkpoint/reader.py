@@ -62,7 +62,9 @@ class Checkpoint:
             except OSError as error:
                 raise CheckpointError(f"{self.folder / name}: cannot be read: {error}") from None
             if found != entry.sha256:
-                raise CheckpointError(f"{self.folder / name}: content differs from its manifest (SHA-256); the file is damaged")
+                raise CheckpointError(
+                    f"{self.folder / name}: content differs from its manifest (SHA-256); the file is damaged"
+                )
 
     def load_into(self, fragments: Iterable[Fragment]) -> None:
         """Fill fragments in place, whatever world and stage wrote the checkpoint.
@@ -80,11 +82,15 @@ class Checkpoint:
                     fragment.tensor[at : at + end - begin].copy_(part)
                     done += end - begin
                 if done != fragment.tensor.numel():
-                    raise CheckpointError(f"{self.folder}: {fragment.name} {fragment.state}: {done} of {fragment.tensor.numel()} elements found")
+                    raise CheckpointError(
+                        f"{self.folder}: {fragment.name} {fragment.state}: {done} of {fragment.tensor.numel()} elements found"
+                    )
 
     def tensors(self, state: str = MASTER) -> dict[str, Tensor]:
         """Whole fp32 tensors of one state under their parameter names, aliases left out."""
-        whole = {name: torch.empty(math.prod(shape), dtype=torch.float32) for name, shape in self.manifest.parameters.items()}
+        whole = {
+            name: torch.empty(math.prod(shape), dtype=torch.float32) for name, shape in self.manifest.parameters.items()
+        }
         self.load_into(Fragment(name, state, 0, tensor) for name, tensor in whole.items())
         return {name: tensor.view(self.manifest.parameters[name]) for name, tensor in whole.items()}
 
@@ -117,7 +123,9 @@ class Checkpoint:
             if begin < end:
                 yield stored, begin, end
 
-    def _slice(self, handles: dict[str, Any], stack: ExitStack, fragment: Fragment, stored: _Stored, begin: int, end: int) -> Tensor:
+    def _slice(
+        self, handles: dict[str, Any], stack: ExitStack, fragment: Fragment, stored: _Stored, begin: int, end: int
+    ) -> Tensor:
         try:
             if stored.file not in handles:
                 handles[stored.file] = stack.enter_context(safe_open(str(self.folder / stored.file), framework="pt"))
@@ -126,7 +134,9 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.folder / stored.file}: cannot be read: {error}") from None
         if part.dtype != torch.float32 or part.numel() != end - begin:
-            raise CheckpointError(f"{self.folder / stored.file}: {fragment.name} {fragment.state} is not {end - begin} fp32 numbers")
+            raise CheckpointError(
+                f"{self.folder / stored.file}: {fragment.name} {fragment.state} is not {end - begin} fp32 numbers"
+            )
         return part
 
 

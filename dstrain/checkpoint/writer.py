@@ -21,7 +21,14 @@ from dstrain.base.config import Config
 from dstrain.base.control import ControlPlane
 from dstrain.base.errors import CheckpointError, DstrainError, StorageError
 from dstrain.base.logs import get_logger
-from dstrain.base.storage import make_directory, publish_directory, remove_directory, write_bytes, write_json, write_text
+from dstrain.base.storage import (
+    make_directory,
+    publish_directory,
+    remove_directory,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from dstrain.checkpoint.layout import MANIFEST, fragment_file, leftovers, published_steps, staging_folder, step_folder
 from dstrain.checkpoint.manifest import CheckpointManifest, Fragment
 from dstrain.checkpoint.retention import keep_newest
@@ -79,7 +86,9 @@ class CheckpointWriter:
         world, step = self._control.world, int(manifest["step"])
         staging = Path(self._control.from_first(self._open_staging(step) if world.is_first else ""))
         if staging == Path():
-            raise CheckpointError(f"{self.folder}: no staging folder could be made for step {step}; see the log of rank 0")
+            raise CheckpointError(
+                f"{self.folder}: no staging folder could be made for step {step}; see the log of rank 0"
+            )
         report = self._write_fragments(staging, fragments)
         reports = self._control.gather_json(report)
         problems = [f"rank {r['rank']}: {r['error']}" for r in reports if r["error"]]
@@ -151,7 +160,10 @@ def discard_checkpoint(folder: Path, step: int) -> None:
 
 def _write_small_files(staging: Path, config_yaml: str, tokenizer: Path | None) -> dict[str, Any]:
     files: dict[str, Any] = {}
-    files["config.yaml"] = {"size_bytes": len(config_yaml.encode()), "sha256": write_text(staging / "config.yaml", config_yaml)}
+    files["config.yaml"] = {
+        "size_bytes": len(config_yaml.encode()),
+        "sha256": write_text(staging / "config.yaml", config_yaml),
+    }
     if tokenizer is not None:
         make_directory(staging / "tokenizer")
         for source in sorted(p for p in tokenizer.iterdir() if p.is_file() and not p.name.startswith(".")):
@@ -163,5 +175,3 @@ def _write_small_files(staging: Path, config_yaml: str, tokenizer: Path | None) 
 
 def _tuples(files: Mapping[str, Any]) -> dict[str, Any]:
     return {k: {**v, "fragments": tuple(tuple(f) for f in v.get("fragments", ()))} for k, v in files.items()}
-
-

@@ -61,7 +61,12 @@ class RowSource:
     """Rows of one dataset, packed to one sequence length, read through a small cache of decoded blocks."""
 
     def __init__(
-        self, dataset: ShardDataset, *, sequence_length: int, word_starts: npt.NDArray[np.bool_] | None, cache_bytes: int
+        self,
+        dataset: ShardDataset,
+        *,
+        sequence_length: int,
+        word_starts: npt.NDArray[np.bool_] | None,
+        cache_bytes: int,
     ) -> None:
         """Wrap a dataset.
 
@@ -156,8 +161,11 @@ class RowSource:
 def _size_bytes(block: _CachedBlock) -> int:
     packing = block.packing
     return int(
-        block.tokens.nbytes + 3 * packing.length.nbytes + packing.row_starts.nbytes
-        + block.begins.nbytes + (block.word.nbytes if block.word is not None else 0)
+        block.tokens.nbytes
+        + 3 * packing.length.nbytes
+        + packing.row_starts.nbytes
+        + block.begins.nbytes
+        + (block.word.nbytes if block.word is not None else 0)
     )
 
 
@@ -294,7 +302,9 @@ def ledger_digest(pieces: Pieces, inputs: Int64, *, step: int) -> int:
     with np.errstate(over="ignore"):
         value = pieces.uid.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         value = mix64(value ^ (pieces.position.astype(np.uint64) << np.uint64(20)) ^ pieces.epoch.astype(np.uint64))
-        value = mix64(value + (pieces.tokens.astype(np.uint64) << np.uint64(32)) + inputs.astype(np.uint64) + np.uint64(step))
+        value = mix64(
+            value + (pieces.tokens.astype(np.uint64) << np.uint64(32)) + inputs.astype(np.uint64) + np.uint64(step)
+        )
         return int(value.sum(dtype=np.uint64)) % LEDGER_MODULUS
 
 
@@ -311,7 +321,13 @@ def _filler(source: RowSource) -> MicroBatch:
 
 
 def evaluation_batches(
-    source: RowSource, rows_per_block: npt.ArrayLike, corrupt: Corrupt, *, world: World, micro_batch: int, max_rows: int | None
+    source: RowSource,
+    rows_per_block: npt.ArrayLike,
+    corrupt: Corrupt,
+    *,
+    world: World,
+    micro_batch: int,
+    max_rows: int | None,
 ) -> list[MicroBatch]:
     """This rank's micro-batches of a fixed evaluation set: the same rows and masks at every call and world size.
 

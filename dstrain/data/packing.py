@@ -53,7 +53,9 @@ def pack(ends: npt.NDArray[np.integer], *, sequence_length: int, frame_length: i
     """
     capacity = sequence_length - frame_length
     if capacity < 1:
-        raise ConfigError(f"data.sequence_length: {sequence_length} leaves no room beside {frame_length} special tokens")
+        raise ConfigError(
+            f"data.sequence_length: {sequence_length} leaves no room beside {frame_length} special tokens"
+        )
     document, start, length = _cut(np.asarray(ends, dtype=np.int64), capacity)
     order = np.lexsort((start, document, -length))
     rows = _best_fit(length[order].tolist(), sequence_length, frame_length)

@@ -43,7 +43,14 @@ class Plan:
     """
 
     def __init__(
-        self, rows_per_block: npt.ArrayLike, *, seed: int, source: str, global_batch: int, lanes: int | None, window_rows: int
+        self,
+        rows_per_block: npt.ArrayLike,
+        *,
+        seed: int,
+        source: str,
+        global_batch: int,
+        lanes: int | None,
+        window_rows: int,
     ) -> None:
         """Prepare the plan.
 
@@ -68,10 +75,14 @@ class Plan:
                 f"train.global_batch: {global_batch} rows are asked for, the training data has only {self.num_rows}: "
                 "lower train.global_batch or data.sequence_length, or add data"
             )
-        self.lanes = lanes or largest_divisor(global_batch, at_most=max(1, min(_AUTO_LANES, self.num_rows // _ROWS_PER_LANE)))
+        self.lanes = lanes or largest_divisor(
+            global_batch, at_most=max(1, min(_AUTO_LANES, self.num_rows // _ROWS_PER_LANE))
+        )
         if global_batch % self.lanes or self.lanes > self.num_rows:
             near = largest_divisor(global_batch, at_most=self.lanes)
-            raise ConfigError(f"data.lanes: {self.lanes} does not divide train.global_batch={global_batch}; nearest: {near}")
+            raise ConfigError(
+                f"data.lanes: {self.lanes} does not divide train.global_batch={global_batch}; nearest: {near}"
+            )
         self.rows_per_lane = self.num_rows // self.lanes
         self._order = lru_cache(maxsize=2)(self._epoch_order)
 

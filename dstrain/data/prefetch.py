@@ -34,7 +34,9 @@ class Prefetcher:
         self._thread: threading.Thread | None = None
         if depth > 0 and first_step < last_step:
             self._queue = queue.Queue(maxsize=depth)
-            self._thread = threading.Thread(target=self._fill, args=(self._queue,), name="dstrain-prefetch", daemon=True)
+            self._thread = threading.Thread(
+                target=self._fill, args=(self._queue,), name="dstrain-prefetch", daemon=True
+            )
             self._thread.start()
 
     def __iter__(self) -> Iterator[tuple[int, StepData]]:
@@ -67,7 +69,9 @@ class Prefetcher:
         except BaseException as error:  # noqa: BLE001  (carried to the loop, which raises it in its own thread)
             self._put(target, error)
 
-    def _put(self, target: queue.Queue[tuple[int, StepData] | BaseException], item: tuple[int, StepData] | BaseException) -> None:
+    def _put(
+        self, target: queue.Queue[tuple[int, StepData] | BaseException], item: tuple[int, StepData] | BaseException
+    ) -> None:
         while not self._stopping.is_set():
             try:
                 target.put(item, timeout=_POLL_S)

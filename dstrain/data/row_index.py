@@ -51,9 +51,12 @@ def rows_per_block(
     cached = _read(path, key, num_blocks)
     if cached is not None:
         return cached
-    blocks = track(range(num_blocks), total=num_blocks, description="packing index", unit="block", quiet=num_blocks < 2000)
+    blocks = track(
+        range(num_blocks), total=num_blocks, description="packing index", unit="block", quiet=num_blocks < 2000
+    )
     counts = [
-        pack(dataset.ends(block), sequence_length=sequence_length, frame_length=frame_length).num_rows for block in blocks
+        pack(dataset.ends(block), sequence_length=sequence_length, frame_length=frame_length).num_rows
+        for block in blocks
     ]
     rows = np.array(counts, dtype=np.int64)
     if may_write:

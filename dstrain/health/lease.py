@@ -70,7 +70,9 @@ class RunLease:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout=2 * HEARTBEAT_S)
@@ -99,7 +101,9 @@ class RunLease:
         return True
 
     def _take_over(self, owner: dict[str, Any]) -> None:
-        _LOG.info("taking over the run folder from process %s on %s, which is gone", owner.get("pid"), owner.get("host"))
+        _LOG.info(
+            "taking over the run folder from process %s on %s, which is gone", owner.get("pid"), owner.get("host")
+        )
         grave = self._path.with_name(f".{FILE_NAME}.dead-{uuid.uuid4().hex[:8]}")
         try:
             os.rename(self._path, grave)

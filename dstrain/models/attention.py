@@ -50,7 +50,14 @@ def segment_layout(lengths: Sequence[int], *, device: torch.device, dtype: torch
 
 
 def segment_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, *, scale: float, dropout: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: SegmentLayout,
+    *,
+    scale: float,
+    dropout: float,
+    window: int | None,
 ) -> Tensor:
     """Bidirectional attention within each segment.
 

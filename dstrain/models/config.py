@@ -30,7 +30,9 @@ class ModelConfig(Config):
     @model_validator(mode="after")
     def _something(self) -> ModelConfig:
         if not self.config and self.init_from is None:
-            raise ValueError("give config.model_type (and its sizes) for a model from scratch, or init_from for an existing one")
+            raise ValueError(
+                "give config.model_type (and its sizes) for a model from scratch, or init_from for an existing one"
+            )
         if self.config and "model_type" not in self.config and self.init_from is None:
             raise ValueError("config.model_type is missing: for example bert, roberta, modernbert")
         return self

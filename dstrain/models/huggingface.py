@@ -25,8 +25,12 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.masking_utils import AttentionMaskInterface
+from transformers import logging as transformers_logging
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+)
 
 from dstrain.base.errors import ConfigError
 from dstrain.base.logs import get_logger
@@ -35,6 +39,9 @@ from dstrain.models.attention import SegmentLayout, segment_attention, segment_l
 from dstrain.models.config import ModelConfig, ModelFacts
 
 ATTENTION_NAME = "dstrain_segments"
+
+_TOKEN_FIELDS = ("pad_token_id", "cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id")
+_HEAD_FIELDS = ("num_labels", "id2label", "label2id", "problem_type")
 
 _LOG = get_logger(__name__)
 _SELF_CHECK_TOLERANCE = 1e-4
@@ -143,7 +150,9 @@ def build_masked_lm(
     Raises:
         ConfigError: unknown model type or field, or sizes that do not fit.
     """
-    hf_config = _configuration({**(architecture or {}), **config.config}, vocab_size=vocab_size, pad_to=config.pad_vocab_to, special=special)
+    hf_config = _configuration(
+        {**(architecture or {}), **config.config}, vocab_size=vocab_size, pad_to=config.pad_vocab_to, special=special
+    )
     _require_class(hf_config, MODEL_FOR_MASKED_LM_MAPPING, "ForMaskedLM")
     return MaskedLanguageModel(_construct(AutoModelForMaskedLM, hf_config), attention=config.attention)
 
@@ -180,7 +189,15 @@ def read_architecture(folder: Path) -> dict[str, Any]:
         data, _ = PretrainedConfig.get_config_dict(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: no readable transformers config.json: {error}") from None
-    drop = {"auto_map", "architectures", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "_attn_implementation"}
+    drop = {
+        "auto_map",
+        "architectures",
+        "transformers_version",
+        "_name_or_path",
+        "dtype",
+        "torch_dtype",
+        "_attn_implementation",
+    }
     return {key: value for key, value in data.items() if key not in drop}
 
 
@@ -266,7 +283,6 @@ def architecture_of(module: nn.Module) -> dict[str, Any]:
 def save_folder(module: nn.Module, folder: Path) -> None:
     """Write config.json and model.safetensors of the wrapped model, as plain transformers would."""
     model = cast(PreTrainedModel, module.model)
-    model.config._attn_implementation_internal = None  # the exported folder chooses its own attention
     model.save_pretrained(str(folder))
 
 
@@ -278,6 +294,7 @@ def plain_logits(module: nn.Module, tokens: Tensor) -> Tensor:
 
 def reload_logits(folder: Path, tokens: Tensor) -> Tensor:
     """Logits of the same text by the folder, loaded as any user would."""
+    transformers_logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     is_masked_lm = any(name.endswith("ForMaskedLM") for name in config.architectures or ())
     factory = AutoModelForMaskedLM if is_masked_lm else AutoModelForSequenceClassification
@@ -387,10 +404,12 @@ def _configuration(
     fields = dict(fields)
     model_type = fields.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
-        raise ConfigError(f"model.config.model_type: {model_type!r} is not known to transformers (bert, roberta, modernbert, ...)")
+        raise ConfigError(
+            f"model.config.model_type: {model_type!r} is not known to transformers (bert, roberta, modernbert, ...)"
+        )
     known = CONFIG_MAPPING[model_type]()
     allowed = set(known.to_dict()) | set(known.attribute_map)
-    unknown = sorted(key for key in fields if key not in allowed and key not in ("num_labels", "id2label", "label2id"))
+    unknown = sorted(key for key in fields if key not in allowed and key not in (*_HEAD_FIELDS, *_TOKEN_FIELDS))
     if unknown:
         import difflib  # noqa: PLC0415
 
@@ -399,10 +418,12 @@ def _configuration(
         raise ConfigError(f"model.config.{unknown[0]}: not a field of transformers' {model_type} configuration.{hint}")
     given = fields.pop("vocab_size", None)
     if given is not None and int(given) < vocab_size:
-        raise ConfigError(f"model.config.vocab_size: {given} is smaller than the tokenizer's {vocab_size}; leave it out")
+        raise ConfigError(
+            f"model.config.vocab_size: {given} is smaller than the tokenizer's {vocab_size}; leave it out"
+        )
     size = int(given) if given is not None else -(-vocab_size // pad_to) * pad_to
     # Types carry defaults of their own vocabulary (ModernBERT's 50282); the run's tokenizer wins.
-    tokens = {name: special.get(name) for name in ("pad_token_id", "cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id")}
+    tokens = {name: special.get(name) for name in _TOKEN_FIELDS}
     try:
         return AutoConfig.for_model(model_type, vocab_size=size, **{**fields, **tokens})
     except (TypeError, ValueError, KeyError) as error:

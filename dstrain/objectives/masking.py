@@ -49,7 +49,14 @@ class Masking:
     """The corruption of one run and stream; call it with pieces. Holds only constants."""
 
     def __init__(
-        self, config: MaskingConfig, *, seed: int, stream: str, mask_id: int, special_ids: Sequence[int], vocab_size: int
+        self,
+        config: MaskingConfig,
+        *,
+        seed: int,
+        stream: str,
+        mask_id: int,
+        special_ids: Sequence[int],
+        vocab_size: int,
     ) -> None:
         """Prepare the tables.
 
@@ -71,15 +78,15 @@ class Masking:
         self._special[[i for i in special_ids if 0 <= i < vocab_size]] = True
         self._ordinary: npt.NDArray[np.int64] = np.flatnonzero(~self._special)
         if not len(self._ordinary):
-            raise ConfigError(f"masking: all {vocab_size} ids of the vocabulary are special tokens; train a larger tokenizer")
+            raise ConfigError(
+                f"masking: all {vocab_size} ids of the vocabulary are special tokens; train a larger tokenizer"
+            )
 
     @property
     def description(self) -> str:
         """What pins the masks besides the data: kept in the checkpoint and compared on resume."""
         c = self._config
-        return (
-            f"mlm.v{MASKING_VERSION} rate={c.mask_rate} mask={c.mask_share} random={c.random_share} whole_word={c.whole_word}"
-        )
+        return f"mlm.v{MASKING_VERSION} rate={c.mask_rate} mask={c.mask_share} random={c.random_share} whole_word={c.whole_word}"
 
     def __call__(self, pieces: Pieces) -> Corrupted:
         """Corrupt the tokens of a micro-batch; `targets` ascend."""

@@ -33,7 +33,9 @@ class OptimizerConfig(Config):
     """Largest global gradient norm; 0 switches clipping off."""
 
 
-def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float
+) -> list[dict[str, Any]]:
     """Two groups: decayed (two dimensions or more) and not decayed. Order follows the model's; empty groups are left out."""
     trainable = [p for _, p in named_parameters if p.requires_grad]
     decayed = [p for p in trainable if p.ndim >= 2]

@@ -16,7 +16,7 @@ from dstrain.optim.adamw import OptimizerConfig
 from dstrain.optim.schedule import ScheduleConfig
 from dstrain.tasks.spec import TaskConfig
 from dstrain.train.ds_config import EngineConfig, RawDeepSpeed
-from dstrain.train.loop import LoopConfig
+from dstrain.train.loop_config import LoopConfig
 
 
 class PretrainLoopConfig(LoopConfig):

@@ -15,7 +15,17 @@ import torch
 from dstrain.base.device import device_name
 from dstrain.base.world import World
 
-_PACKAGES = ("dstrain", "torch", "deepspeed", "transformers", "tokenizers", "datasets", "webdataset", "numpy", "safetensors")
+_PACKAGES = (
+    "dstrain",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "webdataset",
+    "numpy",
+    "safetensors",
+)
 
 
 def package_versions() -> dict[str, str]:

@@ -17,7 +17,9 @@ from dstrain.stages.training import open_site
 from dstrain.train.engine import PARAMETER_PREFIX, Engine
 
 
-def evaluate(stage: str, config: PretrainConfig | FinetuneConfig, world: World, *, step: int | None) -> dict[str, float]:
+def evaluate(
+    stage: str, config: PretrainConfig | FinetuneConfig, world: World, *, step: int | None
+) -> dict[str, float]:
     """Collective. The held-out metrics of a checkpoint; writes nothing.
 
     Args:

@@ -20,7 +20,14 @@ from dstrain.base.storage import make_directory, publish_directory, remove_direc
 from dstrain.checkpoint.reader import Checkpoint
 from dstrain.data.tokenizer import Tokenizer
 from dstrain.models.config import ModelConfig
-from dstrain.models.huggingface import build_classifier, build_masked_lm, initialise, plain_logits, reload_logits, save_folder
+from dstrain.models.huggingface import (
+    build_classifier,
+    build_masked_lm,
+    initialise,
+    plain_logits,
+    reload_logits,
+    save_folder,
+)
 from dstrain.stages.initial import best_checkpoint
 from dstrain.stages.model_card import model_card
 
@@ -68,7 +75,9 @@ def export_run(run_folder: Path, out: Path, *, step: int | None = None, overwrit
         write_text(staging / "README.md", model_card(run_folder, checkpoint))
         difference = _compare(module, staging, tokenizer)
         if not difference <= TOLERANCE:
-            raise CheckpointError(f"export: the exported folder's logits differ by {difference:.1e} (limit {TOLERANCE:.0e}); nothing was written")
+            raise CheckpointError(
+                f"export: the exported folder's logits differ by {difference:.1e} (limit {TOLERANCE:.0e}); nothing was written"
+            )
         if out.exists():
             remove_directory(out)
         publish_directory(staging, out)
@@ -87,7 +96,9 @@ def rebuild(checkpoint: Checkpoint, tokenizer: Tokenizer) -> nn.Module:
     architecture = {k: v for k, v in manifest.architecture.items() if k not in _DROPPED}
     special = {key: manifest.architecture.get(key) for key in _SPECIAL}
     if manifest.stage == "pretrain":
-        module: nn.Module = build_masked_lm(config, vocab_size=tokenizer.vocab_size, special=special, architecture=architecture)  # type: ignore[arg-type]
+        module: nn.Module = build_masked_lm(
+            config, vocab_size=tokenizer.vocab_size, special=special, architecture=architecture
+        )  # type: ignore[arg-type]
     else:
         labels = tuple(extra.get("labels", ()))
         regression = extra.get("task") == "regression"
@@ -110,6 +121,8 @@ _DROPPED = (
 def _compare(module: nn.Module, folder: Path, tokenizer: Tokenizer) -> float:
     """Largest logit difference on a fixed text, between the module and the folder loaded by plain transformers."""
     ids = torch.arange(24) * 7919 % max(1, tokenizer.vocab_size - 8) + 5
-    tokens: Tensor = torch.cat([torch.tensor([tokenizer.cls_id]), ids % tokenizer.vocab_size, torch.tensor([tokenizer.sep_id])])
+    tokens: Tensor = torch.cat(
+        [torch.tensor([tokenizer.cls_id]), ids % tokenizer.vocab_size, torch.tensor([tokenizer.sep_id])]
+    )
     with torch.no_grad():
         return float((plain_logits(module, tokens) - reload_logits(folder, tokens)).abs().max())

@@ -96,7 +96,9 @@ def _model(
     )  # fmt: skip
     limit = facts(model).max_positions
     if limit is not None and config.task.max_length > limit:
-        raise ConfigError(f"task.max_length: {config.task.max_length} is longer than the model's {limit} positions; shorten it")
+        raise ConfigError(
+            f"task.max_length: {config.task.max_length} is longer than the model's {limit} positions; shorten it"
+        )
     fresh = initialise(model, origin.weights(), source=origin.source) if origin is not None else []
     return model, fresh
 
@@ -112,7 +114,10 @@ class Scoring:
         """Encode the splits to be scored."""
         self._config, self._world, self._task = config, world, task
         self._splits = {"validation": task.validation} | ({"test": task.test} if task.test is not None else {})
-        self._batches = {name: self._prepare(encode(s, tokenizer, max_length=config.task.max_length)) for name, s in self._splits.items()}
+        self._batches = {
+            name: self._prepare(encode(s, tokenizer, max_length=config.task.max_length))
+            for name, s in self._splits.items()
+        }
 
     def _prepare(self, encoded: EncodedExamples) -> list[EvaluationBatch]:
         return evaluation_batches(encoded, world=self._world, micro_batch=self._config.train.micro_batch)
@@ -141,7 +146,12 @@ class Scoring:
         if self._world.is_first:
             write_json(self._config.run_folder / METRICS_FILE, results)
             best = results["validation"]["metrics"][self._config.task.chosen_metric]
-            _LOG.info("best validation %s %.4f; predictions and metrics.json are in %s", results["metric"], best, self._config.run_folder)
+            _LOG.info(
+                "best validation %s %.4f; predictions and metrics.json are in %s",
+                results["metric"],
+                best,
+                self._config.run_folder,
+            )
         engine.control.barrier()
 
     def _scored(self, outputs: np.ndarray, examples: Examples) -> dict[str, Any]:  # type: ignore[type-arg]

@@ -80,9 +80,21 @@ def best_checkpoint(run_folder: Path, *, step: int | None = None) -> Checkpoint:
 def _from_checkpoint(checkpoint: Checkpoint) -> Origin:
     tokenizer = checkpoint.folder / "tokenizer"
     manifest = checkpoint.manifest
-    drop = ("transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype", "num_labels", "id2label", "label2id", "problem_type")
+    drop = (
+        "transformers_version",
+        "architectures",
+        "_name_or_path",
+        "dtype",
+        "torch_dtype",
+        "num_labels",
+        "id2label",
+        "label2id",
+        "problem_type",
+    )
     architecture = {key: value for key, value in manifest.architecture.items() if key not in drop}
-    return Origin(str(checkpoint.folder), architecture, tokenizer if tokenizer.is_dir() else None, checkpoint, checkpoint.folder)
+    return Origin(
+        str(checkpoint.folder), architecture, tokenizer if tokenizer.is_dir() else None, checkpoint, checkpoint.folder
+    )
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:

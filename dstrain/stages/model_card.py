@@ -39,7 +39,11 @@ def model_card(run_folder: Path, checkpoint: Checkpoint) -> str:
 
 
 def _data_rows(loader: dict[str, Any], extra: dict[str, Any]) -> list[tuple[str, Any]]:
-    rows = [("data fingerprint", loader.get("fingerprint")), ("row length", loader.get("sequence_length")), ("masking", loader.get("corruption"))]
+    rows = [
+        ("data fingerprint", loader.get("fingerprint")),
+        ("row length", loader.get("sequence_length")),
+        ("masking", loader.get("corruption")),
+    ]
     rows += [("training tokens in the corpus", extra.get("data_tokens")), ("documents", extra.get("data_documents"))]
     rows += [("labels", ", ".join(extra.get("labels", [])) or None), ("started from", extra.get("init_from") or None)]
     return [(name, value) for name, value in rows if value is not None]
@@ -56,7 +60,11 @@ def _cost_rows(run_folder: Path) -> list[tuple[str, Any]]:
 
 
 def _evaluation(run_folder: Path, step: int) -> list[str]:
-    found = [e for e in read_events(run_folder / "events.jsonl") if e.get("event") == "evaluated" and e.get("step", 0) <= step]
+    found = [
+        e
+        for e in read_events(run_folder / "events.jsonl")
+        if e.get("event") == "evaluated" and e.get("step", 0) <= step
+    ]
     if not found:
         return ["No evaluation was recorded."]
     metrics = found[-1].get("metrics", {})

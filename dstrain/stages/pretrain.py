@@ -94,7 +94,9 @@ def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> MaskedLanguageM
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer kept with the shards."""
     if not path.is_dir():
-        raise DataError(f"data.path: {path}: no such folder; build it with `dstrain shards build --input ... --tokenizer ... --out {path}`")
+        raise DataError(
+            f"data.path: {path}: no such folder; build it with `dstrain shards build --input ... --tokenizer ... --out {path}`"
+        )
     return Tokenizer.load(path / "tokenizer")
 
 

@@ -142,7 +142,9 @@ class _Run:
     def __init__(self, config: AnyConfig, site: Site, parts: Assembly, lease: RunLease) -> None:
         self.config, self.site, self.parts, self.lease = config, site, parts, lease
         self.state = RunState()
-        self.writer = CheckpointWriter(checkpoints_folder(config.run_folder), config=config.checkpoint, control=site.control)
+        self.writer = CheckpointWriter(
+            checkpoints_folder(config.run_folder), config=config.checkpoint, control=site.control
+        )
         self.config_yaml = dump_yaml({"stage": parts.stage, **to_plain(config)})
         self.resumed_from: Checkpoint | None = None
 
@@ -163,7 +165,9 @@ class _Run:
             self._evaluate(0)
         ending = self._loop(stop)
         if ending is Ending.STOPPED:
-            self._say(f"stopped ({stop.reason or 'asked on another rank'}) and saved at step {self.state.step}; the same command goes on")
+            self._say(
+                f"stopped ({stop.reason or 'asked on another rank'}) and saved at step {self.state.step}; the same command goes on"
+            )
             return ExitCode.SAVED_REQUEUE
         if self.parts.finish is not None:
             self._finish(self.parts.finish)
@@ -182,13 +186,17 @@ class _Run:
             for path, reason in found.damaged:
                 _LOG.warning("skipping a damaged checkpoint, kept for inspection: %s (%s)", path.name, reason)
             if found.checkpoint is None and resume == "require":
-                raise NothingToResumeError(f"{folder}: train.resume is require and there is no valid checkpoint; use auto to start anew")
+                raise NothingToResumeError(
+                    f"{folder}: train.resume is require and there is no valid checkpoint; use auto to start anew"
+                )
             if found.checkpoint is None and found.damaged:
                 raise CheckpointError(
                     f"{folder}: every checkpoint is damaged ({found.damaged[0][1]}): restore one from a copy, or move the folder away to start anew"
                 )
             if found.checkpoint is not None and resume == "never":
-                raise ConfigError(f"run_folder: {self.config.run_folder} already has checkpoints and train.resume is never; choose another folder")
+                raise ConfigError(
+                    f"run_folder: {self.config.run_folder} already has checkpoints and train.resume is never; choose another folder"
+                )
             return -1 if found.checkpoint is None else found.checkpoint.manifest.step
 
         step = int(control.from_first(control.together(scan)))
@@ -213,7 +221,9 @@ class _Run:
         return self.resumed_from
 
     def _already_complete(self, checkpoint: Checkpoint) -> ExitCode:
-        self._say(f"{self.config.run_folder}: already complete at step {checkpoint.manifest.step}; raise the length to go on")
+        self._say(
+            f"{self.config.run_folder}: already complete at step {checkpoint.manifest.step}; raise the length to go on"
+        )
         return ExitCode.COMPLETE
 
     def _describe(self) -> None:
@@ -222,7 +232,9 @@ class _Run:
             return
         world, parts, train_ = self.site.world, self.parts, self.config.train
         about = facts(parts.model)
-        self._say(f"{parts.stage}: {about.num_parameters / 1e6:.1f} M parameters, attention {about.attention} ({about.attention_reason})")
+        self._say(
+            f"{parts.stage}: {about.num_parameters / 1e6:.1f} M parameters, attention {about.attention} ({about.attention_reason})"
+        )
         self._say(
             f"global batch {train_.global_batch} = up to {train_.micro_batch} rows × {parts.accumulation} micro-batches × {world.size} ranks; "
             f"ZeRO-{self.config.engine.zero_stage}, {self.site.precision}, {self.site.device} × {torch.get_num_threads()} threads, {parts.max_steps} steps"
@@ -231,7 +243,10 @@ class _Run:
             self._say(note)
         folder = self.config.run_folder
         write_text(folder / "config.yaml", self.config_yaml)
-        write_json(folder / "environment.json", describe_environment(world, device=self.site.device, precision=self.site.precision))
+        write_json(
+            folder / "environment.json",
+            describe_environment(world, device=self.site.device, precision=self.site.precision),
+        )
 
     def _build_engine(self) -> None:
         """Collective. The engine, with the fp32 weights of the assembly as exact masters."""
@@ -287,7 +302,9 @@ class _Run:
             config_text=self.config_yaml,
         )
         if self.resumed_from is not None:
-            self.monitor.event("restored", step=self.state.step, seconds=restore_s, written_by=self.resumed_from.manifest.world_size)
+            self.monitor.event(
+                "restored", step=self.state.step, seconds=restore_s, written_by=self.resumed_from.manifest.world_size
+            )
 
     def _loop(self, stop: StopRequest) -> Ending:
         config, parts = self.config, self.parts
@@ -299,32 +316,36 @@ class _Run:
             save_every=config.checkpoint.every_steps,
             last_saved=self.state.step if self.resumed_from is not None else -1,
         )
-        with Prefetcher(parts.loader, first_step=self.state.step, last_step=parts.max_steps, depth=parts.prefetch_steps) as steps:
+        with Prefetcher(
+            parts.loader, first_step=self.state.step, last_step=parts.max_steps, depth=parts.prefetch_steps
+        ) as steps:
             return train(
                 engine=self.engine,
                 steps=steps,
                 state=self.state,
                 max_steps=parts.max_steps,
-                learning_rate=lambda step: peak * learning_rate_factor(config.schedule, step=step, max_steps=parts.max_steps),
+                learning_rate=lambda step: (
+                    peak * learning_rate_factor(config.schedule, step=step, max_steps=parts.max_steps)
+                ),
                 observers=[self.monitor],
                 boundary=boundary,
                 stop_requested=lambda: stop.reason is not None,
                 skipped_limit=config.train.skipped_steps_limit,
             )
 
-    def _evaluate(self, step: int) -> None:
-        """Collective. Score the held-out data; remember the best."""
+    def _evaluate(self, step: int) -> bool:
+        """Collective. Score the held-out data; True when it is the best so far."""
         if self.parts.evaluate is None:
-            return
+            return False
         started = time.perf_counter()
         metrics = self.parts.evaluate(self.engine)
         self.monitor.evaluated(step, {**metrics, "seconds": time.perf_counter() - started})
         deciding = self.parts.deciding_metric
-        if deciding is not None and step > 0 and (self.state.best_metric is None or metrics[deciding] > self.state.best_metric):
-            self.state.best_metric, self.state.best_step = metrics[deciding], step
-            self._best_is_new = True
-
-    _best_is_new = False
+        best = self.state.best_metric
+        if deciding is None or step == 0 or (best is not None and metrics[deciding] <= best):
+            return False
+        self.state.best_metric, self.state.best_step = metrics[deciding], step
+        return True
 
     def _save(self, step: int) -> None:
         """Collective. Save; a failed save is an event, and an error only when nothing comes after it."""
@@ -334,7 +355,11 @@ class _Run:
             self.site.control.together(self.lease.check if self.site.world.is_first else lambda: None)
             owned = self.fragments.owned(rank=self.site.world.rank, world_size=self.site.world.size)
             folder = self.writer.save(
-                owned, self._manifest(step), config_yaml=self.config_yaml, tokenizer=self.parts.tokenizer_folder, protect=protect
+                owned,
+                self._manifest(step),
+                config_yaml=self.config_yaml,
+                tokenizer=self.parts.tokenizer_folder,
+                protect=protect,
             )
         except CheckpointError as error:
             self.monitor.event("save_failed", step=step, error=str(error))

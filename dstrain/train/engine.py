@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -81,6 +82,8 @@ def start_processes(world: World, *, device: str, timeout_s: int) -> ControlPlan
     """
     world.export(os.environ)
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("DSTRAIN_DEEPSPEED_LOG_LEVEL", "WARNING").upper())
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 renamed; nothing a user could act on.
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     # The op serves inference only; building it needs a compiler and may wait for ever on a stale lock.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     clear_stale_locks()

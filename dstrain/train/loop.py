@@ -10,32 +10,15 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TypeVar
 
-from pydantic import Field
-
-from dstrain.base.config import Config
 from dstrain.base.errors import NoProgressError
 from dstrain.base.protocols import Observer, RunState, StepData, StepReport
 from dstrain.data.loader import LEDGER_MODULUS
 from dstrain.train.engine import Engine, StepTotals
 
 
-class LoopConfig(Config):
-    """Batch sizes, length and rhythm of a run."""
-
-    global_batch: int = Field(default=256, ge=1)
-    """Rows (or examples) of one optimizer step, over all ranks; kept when the world size changes."""
-    micro_batch: int = Field(default=32, ge=1)
-    """Most rows of one forward on one rank; accumulation follows from it."""
-    evaluate_every: int | None = Field(default=None, ge=1)
-    """Steps between evaluations; there is one at the end in any case."""
-    evaluate_rows: int | None = Field(default=1024, ge=1)
-    """Held-out rows of an evaluation; None takes all."""
-    resume: str = Field(default="auto", pattern="^(auto|require|never)$")
-    """auto goes on from the newest valid checkpoint if there is one; require fails without one; never refuses to
-    start in a folder that has one."""
-    skipped_steps_limit: int = Field(default=25, ge=1)
-    """Consecutive steps skipped for non-finite gradients before the run stops (loss scaling in fp16 does not count)."""
+ResultT = TypeVar("ResultT")
 
 
 class Ending(Enum):
@@ -49,19 +32,19 @@ class Ending(Enum):
 class Boundary:
     """What happens between two steps; each action is collective and called with the steps done."""
 
-    evaluate: Callable[[int], None] | None = None
+    evaluate: Callable[[int], bool] | None = None
+    """Returns whether this state is worth a checkpoint of its own (a new best)."""
     save: Callable[[int], None] | None = None
     evaluate_every: int | None = None
     save_every: int | None = None
-    last_evaluated: int = -1
     last_saved: int = -1
     seconds: dict[str, float] = field(default_factory=dict)
 
     def run(self, step: int, *, max_steps: int) -> None:
         """Evaluate and save where this step asks for it; evaluation first, so that a save knows the newest metric."""
         if self.evaluate is not None and (step == max_steps or _due(step, self.evaluate_every)):
-            self._timed("evaluate", self.evaluate, step)
-            self.last_evaluated = step
+            if self._timed("evaluate", self.evaluate, step):
+                self.save_now(step)
         if self.save is not None and (step == max_steps or _due(step, self.save_every)):
             self.save_now(step)
 
@@ -71,10 +54,11 @@ class Boundary:
             self._timed("save", self.save, step)
             self.last_saved = step
 
-    def _timed(self, part: str, action: Callable[[int], None], step: int) -> None:
+    def _timed(self, part: str, action: Callable[[int], ResultT], step: int) -> ResultT:
         started = time.perf_counter()
-        action(step)
+        result = action(step)
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
+        return result
 
     def take_seconds(self) -> dict[str, float]:
         """Seconds spent since the last call, by part."""

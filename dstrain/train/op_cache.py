@@ -45,7 +45,9 @@ def clear_stale_locks(folder: Path | None = None, *, stale_after_s: float = STAL
             if _held_locally(lock):
                 continue
             if age_s < stale_after_s:
-                _LOG.warning("compiled-op cache: %s is %.0f s old and no process here holds it; not waited for", lock, age_s)
+                _LOG.warning(
+                    "compiled-op cache: %s is %.0f s old and no process here holds it; not waited for", lock, age_s
+                )
                 continue
             lock.unlink()
         except OSError:

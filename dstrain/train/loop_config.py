@@ -1,0 +1,25 @@
+"""Settings of the loop; apart from it, so that a configuration can be read without importing the engine."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from dstrain.base.config import Config
+
+
+class LoopConfig(Config):
+    """Batch sizes, length and rhythm of a run."""
+
+    global_batch: int = Field(default=256, ge=1)
+    """Rows (or examples) of one optimizer step, over all ranks; kept when the world size changes."""
+    micro_batch: int = Field(default=32, ge=1)
+    """Most rows of one forward on one rank; accumulation follows from it."""
+    evaluate_every: int | None = Field(default=None, ge=1)
+    """Steps between evaluations; there is one at the end in any case."""
+    evaluate_rows: int | None = Field(default=1024, ge=1)
+    """Held-out rows of an evaluation; None takes all."""
+    resume: str = Field(default="auto", pattern="^(auto|require|never)$")
+    """auto goes on from the newest valid checkpoint if there is one; require fails without one; never refuses to
+    start in a folder that has one."""
+    skipped_steps_limit: int = Field(default=25, ge=1)
+    """Consecutive steps skipped for non-finite gradients before the run stops (loss scaling in fp16 does not count)."""
