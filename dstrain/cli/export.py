@@ -32,5 +32,7 @@ def _run(args: argparse.Namespace) -> int:
     configure_logs(World())
     out = args.out or args.run_folder / "export"
     report = export_run(args.run_folder, out, step=args.step, overwrite=args.overwrite)
-    print(f"{out}: step {report.step}, {report.num_parameters / 1e6:.1f} M parameters; logits differ by at most {report.max_difference:.1e}")
+    print(
+        f"{out}: step {report.step}, {report.num_parameters / 1e6:.1f} M parameters; logits differ by at most {report.max_difference:.1e}"
+    )
     return 0

@@ -57,9 +57,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="the run's YAML")
-    parser.add_argument("items", nargs="*", metavar="FILE | key=value", help="the run's YAML, and overrides such as train.max_steps=100")
-    parser.add_argument("--deepspeed_config", "--deepspeed-config", type=Path, metavar="FILE", help="JSON laid over the `deepspeed:` section")
-    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # the ecosystem's flag; always on here
+    parser.add_argument(
+        "items", nargs="*", metavar="FILE | key=value", help="the run's YAML, and overrides such as train.max_steps=100"
+    )
+    parser.add_argument(
+        "--deepspeed_config",
+        "--deepspeed-config",
+        type=Path,
+        metavar="FILE",
+        help="JSON laid over the `deepspeed:` section",
+    )
+    parser.add_argument(
+        "--deepspeed", action="store_true", help=argparse.SUPPRESS
+    )  # the ecosystem's flag; always on here
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
 
 
@@ -68,7 +78,9 @@ def _split_items(args: argparse.Namespace) -> tuple[Path, list[str]]:
     files = [Path(item) for item in args.items if "=" not in item] + ([args.config] if args.config else [])
     if len(files) != 1:
         found = ", ".join(str(f) for f in files) or "none"
-        raise ConfigError(f"give exactly one configuration file (found: {found}), for example --config configs/bert-base.yaml")
+        raise ConfigError(
+            f"give exactly one configuration file (found: {found}), for example --config configs/bert-base.yaml"
+        )
     return files[0], overrides
 
 
@@ -145,7 +157,9 @@ def load_run_config(folder: Path, overrides: list[str]) -> tuple[str, Any]:
     stage = str(data.pop("stage", "pretrain"))
     data = merge(data, parse_overrides(overrides))
     data["run_folder"] = str(folder)
-    return stage, validate(PretrainConfig if stage == "pretrain" else FinetuneConfig, data, source=str(folder / "config.yaml"))
+    return stage, validate(
+        PretrainConfig if stage == "pretrain" else FinetuneConfig, data, source=str(folder / "config.yaml")
+    )
 
 
 def _prepare(config: Any) -> None:

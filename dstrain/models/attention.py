@@ -89,7 +89,7 @@ def segment_attention(
 
 def _batched(x: Tensor, at: int, end: int, count: int, length: int) -> Tensor:
     """(1, h, T, d)[at:end] as (count, h, length, d), a view."""
-    return x[0, :, at:end].unflatten(1, (count, length)).transpose(0, 1)
+    return x[0, :, at:end].view(x.shape[1], count, length, x.shape[3]).transpose(0, 1)
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:
@@ -102,7 +102,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, SegmentLayout, float, "int | None"], 
 
 @lru_cache(maxsize=1)
 def _varlen_kernel() -> Kernel | None:
-    """torch's varlen attention behind one signature, or None where this torch lacks what is needed (scale, window)."""
+    """The varlen attention of torch behind one signature, or None where this version lacks what is needed (scale, window)."""
     try:
         from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  (absent before torch 2.10)
     except ImportError:

@@ -24,8 +24,8 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.masking_utils import AttentionMaskInterface
 from transformers import logging as transformers_logging
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -256,23 +256,27 @@ def facts(module: nn.Module) -> ModelFacts:
     """Sizes of a wrapped model, for FLOP counts and checks."""
     model = cast(PreTrainedModel, module.model)
     config = model.config
-    get = lambda *names: next((int(getattr(config, n)) for n in names if getattr(config, n, None)), 0)  # noqa: E731
-    positions = get("max_position_embeddings")
+    positions = _first_field(config, "max_position_embeddings")
     if config.model_type == "modernbert":  # rotary positions: the field is a training length, not a table
         limit = None
     else:
         limit = positions - position_offset(model) if positions else None
     return ModelFacts(
         num_parameters=sum(p.numel() for p in model.parameters()),
-        num_layers=get("num_hidden_layers", "n_layers"),
-        hidden_size=get("hidden_size", "dim"),
-        intermediate_size=get("intermediate_size", "hidden_dim"),
+        num_layers=_first_field(config, "num_hidden_layers", "n_layers"),
+        hidden_size=_first_field(config, "hidden_size", "dim"),
+        intermediate_size=_first_field(config, "intermediate_size", "hidden_dim"),
         vocab_size=int(config.vocab_size),
         gated=config.model_type == "modernbert",
         max_positions=limit,
         attention=str(module.attention),
         attention_reason=str(module.attention_reason),
     )
+
+
+def _first_field(config: PretrainedConfig, *names: str) -> int:
+    """The first of some names that the configuration has; 0 when it has none."""
+    return next((int(getattr(config, name)) for name in names if getattr(config, name, None)), 0)
 
 
 def architecture_of(module: nn.Module) -> dict[str, Any]:
@@ -334,7 +338,7 @@ def padded_inputs(batch: MicroBatch, *, pad_id: int) -> tuple[dict[str, Any], in
 
 
 def _pad(flat: Tensor, lengths: tuple[int, ...], value: int) -> Tensor:
-    return nn.utils.rnn.pad_sequence(list(flat.split(list(lengths))), batch_first=True, padding_value=value)
+    return nn.utils.rnn.pad_sequence(list(torch.split(flat, list(lengths))), batch_first=True, padding_value=value)
 
 
 def _padded_rows(batch: MicroBatch, width: int) -> Tensor:
@@ -368,7 +372,7 @@ def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None,
     dropout: float = 0.0, sliding_window: int | None = None, segments: SegmentLayout | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """transformers' attention function: (1, h, T, d) in, (1, T, h, d) out."""
+    """The attention function that transformers calls: (1, h, T, d) in, (1, T, h, d) out."""
     if segments is None:
         raise ConfigError("dstrain's attention needs a packed micro-batch; export the model to use it elsewhere")
     scale = scaling if scaling is not None else 1.0 / math.sqrt(query.shape[-1])

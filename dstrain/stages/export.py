@@ -28,7 +28,7 @@ from dstrain.models.huggingface import (
     reload_logits,
     save_folder,
 )
-from dstrain.stages.initial import best_checkpoint
+from dstrain.stages.initial import best_checkpoint, special_tokens
 from dstrain.stages.model_card import model_card
 
 TOLERANCE = 1e-5
@@ -94,17 +94,17 @@ def rebuild(checkpoint: Checkpoint, tokenizer: Tokenizer) -> nn.Module:
     config = ModelConfig(config={"model_type": manifest.architecture["model_type"]}, attention="padded", pad_vocab_to=1)
     extra: dict[str, Any] = dict(manifest.extra)
     architecture = {k: v for k, v in manifest.architecture.items() if k not in _DROPPED}
-    special = {key: manifest.architecture.get(key) for key in _SPECIAL}
+    special = special_tokens(tokenizer)
     if manifest.stage == "pretrain":
         module: nn.Module = build_masked_lm(
             config, vocab_size=tokenizer.vocab_size, special=special, architecture=architecture
-        )  # type: ignore[arg-type]
+        )
     else:
         labels = tuple(extra.get("labels", ()))
         regression = extra.get("task") == "regression"
         module = build_classifier(
             config, num_labels=1 if regression else len(labels), labels=labels, regression=regression,
-            vocab_size=tokenizer.vocab_size, special=special, architecture=architecture,  # type: ignore[arg-type]
+            vocab_size=tokenizer.vocab_size, special=special, architecture=architecture,
         )  # fmt: skip
     fresh = initialise(module, checkpoint.tensors(), source=str(checkpoint.folder))
     if fresh:
@@ -112,7 +112,6 @@ def rebuild(checkpoint: Checkpoint, tokenizer: Tokenizer) -> nn.Module:
     return module.eval()
 
 
-_SPECIAL = ("pad_token_id", "cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id")
 _DROPPED = (
     "transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype", "num_labels", "id2label", "label2id", "problem_type",
 )  # fmt: skip

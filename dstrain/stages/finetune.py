@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from dstrain.base.errors import ConfigError, ExitCode
 from dstrain.base.logs import get_logger
@@ -122,7 +123,7 @@ class Scoring:
     def _prepare(self, encoded: EncodedExamples) -> list[EvaluationBatch]:
         return evaluation_batches(encoded, world=self._world, micro_batch=self._config.train.micro_batch)
 
-    def outputs(self, engine: Engine, split: str) -> np.ndarray:  # type: ignore[type-arg]
+    def outputs(self, engine: Engine, split: str) -> npt.NDArray[np.float32]:
         """Collective. (N, C) outputs of a split, in the order of its examples, on every rank."""
         batches = self._batches[split]
         logits = engine.predict([b.batch for b in batches])
@@ -154,7 +155,7 @@ class Scoring:
             )
         engine.control.barrier()
 
-    def _scored(self, outputs: np.ndarray, examples: Examples) -> dict[str, Any]:  # type: ignore[type-arg]
+    def _scored(self, outputs: npt.NDArray[np.float32], examples: Examples) -> dict[str, Any]:
         if not examples.has_labels:
             return {"examples": len(examples)}
         classes = len(self._task.labels) if self._task.labels else None

@@ -10,18 +10,19 @@ from dstrain.base.config import read_yaml
 from dstrain.base.errors import DstrainError
 from dstrain.base.storage import read_json
 from dstrain.checkpoint.reader import Checkpoint
-from dstrain.monitor.events import read_events
+from dstrain.monitor.events import current_curve, read_events
 
 
 def model_card(run_folder: Path, checkpoint: Checkpoint) -> str:
     """Markdown with front matter, from the checkpoint and the run's own records."""
     manifest, state = checkpoint.manifest, checkpoint.manifest.state
     pipeline = "fill-mask" if manifest.stage == "pretrain" else "text-classification"
+    done = "pretrained as a masked language model" if manifest.stage == "pretrain" else "fine-tuned"
     hours = float(state.get("compute_seconds", 0.0)) / 3600
     lines = [
         "---", "library_name: transformers", f"pipeline_tag: {pipeline}", "tags:", "- dstrain", "---", "",
         f"# {run_folder.name}", "",
-        f"A {manifest.architecture.get('model_type')} encoder, {'pretrained as a masked language model' if pipeline == 'fill-mask' else 'fine-tuned'} with dstrain.",
+        f"A {manifest.architecture.get('model_type')} encoder, {done} with dstrain.",
         "", "| | |", "|---|---|",
         f"| optimizer steps | {manifest.step} |",
         f"| rows (or examples) seen | {state.get('rows', 0)} |",
@@ -49,8 +50,15 @@ def _data_rows(loader: dict[str, Any], extra: dict[str, Any]) -> list[tuple[str,
     return [(name, value) for name, value in rows if value is not None]
 
 
+def _events(run_folder: Path) -> list[dict[str, Any]]:
+    try:
+        return read_events(run_folder / "events.jsonl")
+    except DstrainError:
+        return []
+
+
 def _cost_rows(run_folder: Path) -> list[tuple[str, Any]]:
-    costs = [e["cost_usd"] for e in read_events(run_folder / "events.jsonl") if "cost_usd" in e]
+    costs = [e["cost_usd"] for e in _events(run_folder) if "cost_usd" in e]
     try:
         environment = read_json(run_folder / "environment.json")
     except DstrainError:
@@ -61,15 +69,13 @@ def _cost_rows(run_folder: Path) -> list[tuple[str, Any]]:
 
 def _evaluation(run_folder: Path, step: int) -> list[str]:
     found = [
-        e
-        for e in read_events(run_folder / "events.jsonl")
-        if e.get("event") == "evaluated" and e.get("step", 0) <= step
+        e for e in current_curve(_events(run_folder)) if e.get("event") == "evaluated" and e.get("step", 0) <= step
     ]
     if not found:
         return ["No evaluation was recorded."]
     metrics = found[-1].get("metrics", {})
     return [f"Held-out data at step {found[-1]['step']}:", "", "| metric | value |", "|---|---|"] + [
-        f"| {name} | {value:.4f} |" for name, value in metrics.items()
+        f"| {name} | {float(value):.4f} |" for name, value in metrics.items()
     ]
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-from dstrain.base.config import to_plain
 from dstrain.base.errors import ConfigError, DataError, ExitCode
 from dstrain.base.world import World
 from dstrain.data.loader import PackedLoader, RowSource, evaluation_batches
@@ -126,7 +126,7 @@ def row_source(config: PretrainConfig, dataset: ShardDataset, tokenizer: Tokeniz
     )
 
 
-def _rows(dataset: ShardDataset, source: RowSource, world: World) -> np.ndarray:  # type: ignore[type-arg]
+def _rows(dataset: ShardDataset, source: RowSource, world: World) -> npt.NDArray[np.int64]:
     return rows_per_block(
         dataset, num_blocks=len(dataset.blocks), fingerprint=dataset.manifest.fingerprint,
         sequence_length=source.sequence_length, frame_length=source.frame_length, may_write=world.is_first,
@@ -180,7 +180,7 @@ def mean_context(dataset: ShardDataset, sequence_length: int) -> float:
     """Σ piece² / Σ piece over a sample of blocks: what attention really costs on packed documents."""
     total, squares = 0, 0
     for block in range(min(len(dataset.blocks), 64)):
-        lengths = np.diff(dataset.ends(block).astype(np.int64), prepend=0)
+        lengths = np.diff(dataset.ends(block).astype(np.int64), prepend=0).view(np.int64)
         full, tail = lengths // sequence_length, lengths % sequence_length
         total += int(lengths.sum())
         squares += int((full * sequence_length**2 + tail**2).sum())

@@ -191,7 +191,8 @@ class _Run:
                 )
             if found.checkpoint is None and found.damaged:
                 raise CheckpointError(
-                    f"{folder}: every checkpoint is damaged ({found.damaged[0][1]}): restore one from a copy, or move the folder away to start anew"
+                    f"{folder}: every checkpoint is damaged ({found.damaged[0][1]}): "
+                    "restore one from a copy, or move the folder away to start anew"
                 )
             if found.checkpoint is not None and resume == "never":
                 raise ConfigError(

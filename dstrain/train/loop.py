@@ -17,7 +17,6 @@ from dstrain.base.protocols import Observer, RunState, StepData, StepReport
 from dstrain.data.loader import LEDGER_MODULUS
 from dstrain.train.engine import Engine, StepTotals
 
-
 ResultT = TypeVar("ResultT")
 
 
