@@ -78,3 +78,7 @@ def entry() -> None:
 def stage_entry(stage: str) -> None:
     """What launch/*.py call: the same as `dstrain STAGE`, with the launcher's own arguments accepted."""
     sys.exit(main([stage, *sys.argv[1:]]))
+
+
+if __name__ == "__main__":  # `python -m dstrain.cli.main`, and what launchers start with --module
+    entry()
