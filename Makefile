@@ -25,7 +25,7 @@ $(DEV): $(INSTALL_INPUTS)
 	@.ci/install dev
 	@touch $(RUNTIME) $@
 
-.PHONY: venv demo test check format format-check lint types floors versions clean distclean help
+.PHONY: venv demo test check format format-check lint types floors docs versions clean distclean help
 
 venv: $(DEV)  ## set up .venv with dstrain and the development tools
 
@@ -53,6 +53,9 @@ types: $(DEV)  ## mypy, strict on dstrain/
 floors: $(DEV)  ## import-linter: imports go down only, libraries enter by their doors
 	@$(BIN)/lint-imports
 
+docs: $(DEV)  ## renew the tables of docs/configuration.md from the code
+	@$(BIN)/python tests/support/configuration_page.py
+
 versions: $(RUNTIME)  ## the versions in use
 	@$(BIN)/python -c 'import importlib.metadata as m, sys; print("python", sys.version.split()[0], *("%s %s" % (n, m.version(n)) for n in ("dstrain", "torch", "deepspeed", "transformers", "datasets", "webdataset", "numpy")), sep="\n")'
 
@@ -67,4 +70,4 @@ help:  ## this list
 	@echo "make demo   sets everything up and runs the whole line on embedded text"
 	@echo "make test   sets everything up and runs the tests"
 	@echo
-	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## (.*)/  make \1|\2/' | column -t -s '|'
+	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*  ## /:/' | while IFS=: read -r name what; do printf '  make %-10s %s\n' "$$name" "$$what"; done

@@ -1,8 +1,7 @@
 """What every test stands on: a quiet, offline, single-threaded process and repeatable property tests.
 
 The environment is set here, before any test imports torch, DeepSpeed or a Hugging Face library, and child processes
-inherit it. `--import-mode=importlib` is in pyproject.toml, so test folders need no `__init__.py` and equal file names do
-not clash.
+inherit it. `--import-mode=importlib` is in pyproject.toml: test folders need no `__init__.py`, equal file names are fine.
 """
 
 from __future__ import annotations

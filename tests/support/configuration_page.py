@@ -1,0 +1,123 @@
+"""Write the tables of docs/configuration.md from the configuration models, so that page and code cannot part.
+
+    python tests/support/configuration_page.py        (`make docs`)
+
+Everything between the two marks in the page is replaced; the rest is written by hand. tests/test_house.py fails while
+the page is out of date.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from dstrain.stages.config import FinetuneConfig, PretrainConfig
+
+PAGE = Path(__file__).resolve().parents[2] / "docs/configuration.md"
+BEGIN, END = "<!-- tables: begin (make docs) -->", "<!-- tables: end -->"
+
+
+def tables() -> str:
+    """The generated part of the page."""
+    pretrain, finetune = PretrainConfig.model_json_schema(), FinetuneConfig.model_json_schema()
+    shared = [
+        name for name in pretrain["properties"] if pretrain["properties"][name] == finetune["properties"].get(name)
+    ]
+    parts = ["### Both stages", _top_level(pretrain, shared)]
+    parts += [_section(pretrain, name) for name in shared if name != "deepspeed"]
+    for title, schema in (("Pretraining", pretrain), ("Fine-tuning", finetune)):
+        own = [name for name in schema["properties"] if name not in shared]
+        parts += [f"### {title}", _top_level(schema, own)]
+        parts += [_section(schema, name) for name in own]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def render(page: str) -> str:
+    """The page with its tables renewed."""
+    head, _, rest = page.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return f"{head}{BEGIN}\n\n{tables()}\n{END}{tail}"
+
+
+def _top_level(schema: dict[str, Any], names: list[str]) -> str:
+    plain = [name for name in names if _model_of(schema, schema["properties"][name]) is None]
+    return _table(schema, "", plain, schema["properties"], schema.get("required", [])) if plain else ""
+
+
+def _section(schema: dict[str, Any], name: str) -> str:
+    field = schema["properties"][name]
+    model = _model_of(schema, field)
+    if model is None:
+        return ""
+    changed = field.get("default") or {}
+    properties = {
+        key: {**value, **({"default": changed[key]} if key in changed else {})}
+        for key, value in model["properties"].items()
+    }
+    about = model.get("description", field.get("description", "")).splitlines()[0]
+    return f"#### `{name}`\n\n{about}\n\n" + _table(
+        schema, f"{name}.", list(properties), properties, model.get("required", [])
+    )
+
+
+def _model_of(schema: dict[str, Any], field: dict[str, Any]) -> dict[str, Any] | None:
+    reference = field.get("$ref") or next((part["$ref"] for part in field.get("allOf", []) if "$ref" in part), None)
+    model: dict[str, Any] | None = schema["$defs"].get(reference.rpartition("/")[2]) if reference else None
+    return model if model and "properties" in model else None
+
+
+def _table(
+    schema: dict[str, Any], prefix: str, names: list[str], properties: dict[str, Any], required: list[str]
+) -> str:
+    lines = ["| key | values | default | meaning |", "|---|---|---|---|"]
+    for name in names:
+        field = properties[name]
+        default = "**required**" if name in required else f"`{json.dumps(_default(field), ensure_ascii=False)}`"
+        meaning = re.sub(r"\s+", " ", field.get("description", "")).replace("|", "\\|")
+        lines.append(f"| `{prefix}{name}` | {_values(field)} | {default} | {meaning} |")
+    return "\n".join(lines)
+
+
+def _default(field: dict[str, Any]) -> Any:
+    return field.get("default", {} if field.get("type") == "object" else None)
+
+
+def _values(field: dict[str, Any]) -> str:
+    if "anyOf" in field:
+        return " or ".join(_values(part) for part in field["anyOf"])
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    if "const" in field:
+        return f"`{field['const']}`"
+    if "pattern" in field:
+        return ", ".join(f"`{word}`" for word in re.findall(r"[a-z]+", field["pattern"]))
+    if field.get("type") == "array":
+        inner = field["prefixItems"][0] if "prefixItems" in field else field["items"]
+        return f"list of {_values(inner)}"
+    word = {
+        "integer": "integer",
+        "number": "number",
+        "string": "text",
+        "boolean": "true, false",
+        "null": "null",
+        "object": "mapping",
+    }
+    name = "path" if field.get("format") == "path" else word.get(field.get("type", ""), "any")
+    return name + _bounds(field)
+
+
+def _bounds(field: dict[str, Any]) -> str:
+    signs = (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
+    found = [f"{sign} {field[key]:,}".removesuffix(".0") for key, sign in signs if key in field]
+    return f" {', '.join(found)}" if found else ""
+
+
+def write() -> None:
+    """Renew docs/configuration.md in place."""
+    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()
