@@ -38,18 +38,19 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)  # type: ignore[no-untyped-call]
-            if isinstance(key, (str, int, float, bool)) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
-            if isinstance(key, (str, int, float, bool)):
-                seen.add(key)
+            key = self.construct_object(key_node, deep=deep)
+            if not isinstance(key, (str, int, float)):
+                problem = f"the key {key!r} is neither text nor a number"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            if key in seen:
+                problem = f"the key {key!r} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
 
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )
 
@@ -61,7 +62,7 @@ def parse_yaml(text: str, *, source: str) -> Any:
         ConfigError: the text is not valid YAML; the message names `source` and the line.
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader subclass: builds plain objects only)
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader subclass: builds plain objects only
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
@@ -73,12 +74,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read one YAML file and its `include` list (one level deep) into a nested dict.
 
     Raises:
-        ConfigError: the file is missing, unreadable, or not a mapping.
+        ConfigError: the file is missing, unreadable, or not a mapping, or an include is not a file name.
     """
     data = _read_mapping(path)
     includes = data.pop("include", [])
     if isinstance(includes, str):
         includes = [includes]
+    if not isinstance(includes, list) or not all(isinstance(name, str) for name in includes):
+        raise ConfigError(f"{path}: include: must be a file name or a list of file names, got {includes!r}")
     merged: dict[str, Any] = {}
     for name in includes:
         part = _read_mapping(path.parent / name)

@@ -1,7 +1,7 @@
 """Which device and precision this process trains on, decided once, before any engine is imported.
 
 DeepSpeed picks its accelerator when it is imported and falls back to the CPU in silence when a driver is broken; here the
-choice is explicit, and a run that asks for GPUs and finds none is an error (deepspeed.md, section 3).
+choice is explicit, and a run that asks for GPUs and finds none is an error (docs/deepspeed.md).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Randomness as a pure function of names: every stream is keyed by (seed, purpose, ...), never by call order or rank.
 
 `derive` hashes its arguments, so `derive(1, "plan", 0)` and `derive(0, "plan", 1)` share nothing, which `seed + epoch`
-cannot promise (data.md, section 4).
+cannot promise.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ class NewFile:
         except OSError as error:
             raise _storage_error(self.path, error) from error
         self._digest.update(data)
-        self.size_bytes += len(data)
+        self.size_bytes += memoryview(data).nbytes
 
     def finish(self) -> str:
         """Make the content durable, close the file and return its SHA-256.
@@ -139,8 +139,9 @@ def _write_and_sync(path: Path, data: bytes | memoryview) -> None:
         file.flush()
         os.fsync(file.fileno())
         written = file.tell()
-    if written != len(data):
-        raise OSError(errno.EIO, f"short write: {written} of {len(data)} bytes")
+    size = memoryview(data).nbytes
+    if written != size:
+        raise OSError(errno.EIO, f"short write: {written} of {size} bytes")
 
 
 def make_directory(path: Path) -> None:

@@ -34,7 +34,7 @@ class World:
         return self.rank == 0
 
     def export(self, environment: MutableMapping[str, str]) -> None:
-        """Write the five variables torch and DeepSpeed read, so that no other discovery (mpi4py) is tried."""
+        """Write the variables that torch and DeepSpeed read, so that no other discovery (mpi4py) is tried."""
         environment.update(
             RANK=str(self.rank),
             WORLD_SIZE=str(self.size),
@@ -53,12 +53,12 @@ def world_from_environment(environment: Mapping[str, str] | None = None, *, loca
         local_rank: the `--local_rank` argument that `deepspeed` injects; checked against LOCAL_RANK.
 
     Raises:
-        ConfigError: the variables contradict each other.
+        ConfigError: the variables contradict each other, or one is not a number.
     """
     env = os.environ if environment is None else environment
     if "RANK" in env and "WORLD_SIZE" in env:
         world = _from_torch(env)
-    elif int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
+    elif _number(env, "SLURM_NTASKS", default=1) > 1 and "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
         world = _from_slurm(env)
     else:
         world = World(master_port=free_port())
@@ -70,14 +70,14 @@ def world_from_environment(environment: Mapping[str, str] | None = None, *, loca
 
 
 def _from_torch(env: Mapping[str, str]) -> World:
-    size = int(env["WORLD_SIZE"])
+    rank, size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
     return World(
-        rank=int(env["RANK"]),
+        rank=rank,
         size=size,
-        local_rank=int(env.get("LOCAL_RANK", env["RANK"])),
-        local_size=int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", size))),
+        local_rank=_number(env, "LOCAL_RANK", default=rank),
+        local_size=_number(env, "LOCAL_WORLD_SIZE", default=_number(env, "LOCAL_SIZE", default=size)),
         master_addr=env.get("MASTER_ADDR", "127.0.0.1"),
-        master_port=int(env.get("MASTER_PORT", "29500")),
+        master_port=_number(env, "MASTER_PORT", default=29500),
         launcher="torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed" if "CROSS_RANK" in env else "environment",
     )
 
@@ -86,16 +86,25 @@ def _from_slurm(env: Mapping[str, str]) -> World:
     nodes = expand_nodelist(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "localhost"))
     tasks = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", "1")
     # One port per job, the same on all ranks without talking: the job id spreads jobs over the dynamic range.
-    port = int(env.get("MASTER_PORT", 20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+    port = _number(env, "MASTER_PORT", default=20000 + _number(env, "SLURM_JOB_ID", default=0) % 20000)
     return World(
-        rank=int(env["SLURM_PROCID"]),
-        size=int(env["SLURM_NTASKS"]),
-        local_rank=int(env.get("SLURM_LOCALID", "0")),
-        local_size=_tasks_on_node(tasks, int(env.get("SLURM_NODEID", "0"))),
+        rank=_number(env, "SLURM_PROCID"),
+        size=_number(env, "SLURM_NTASKS"),
+        local_rank=_number(env, "SLURM_LOCALID", default=0),
+        local_size=_tasks_on_node(tasks, _number(env, "SLURM_NODEID", default=0)),
         master_addr=env.get("MASTER_ADDR", nodes[0]),
         master_port=port,
         launcher="srun",
     )
+
+
+def _number(env: Mapping[str, str], name: str, *, default: int | None = None) -> int:
+    if default is not None and name not in env:
+        return default
+    try:
+        return int(env[name])
+    except ValueError:
+        raise ConfigError(f"{name}={env[name]!r} is not a number: check the launcher's environment") from None
 
 
 def _tasks_on_node(text: str, node: int) -> int:

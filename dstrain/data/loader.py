@@ -10,6 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from dstrain.base.config import Config
 from dstrain.base.errors import CheckpointError
 from dstrain.base.protocols import IGNORED_LABEL, Corrupt, MicroBatch, Pieces, StepData
 from dstrain.base.world import World
-from dstrain.data.order import ORDER_VERSION, mix64
+from dstrain.data.order import ORDER_VERSION, UInt64, mix64
 from dstrain.data.packing import PACKER_VERSION, Packing, pack
 from dstrain.data.plan import PLAN_VERSION, Plan, num_micro_batches, rank_slots
 from dstrain.data.reader import ShardDataset
@@ -171,12 +172,10 @@ def _size_bytes(block: _CachedBlock) -> int:
 
 def word_positions(tokens: npt.NDArray[Any], begins: Int64, word_starts: npt.NDArray[np.bool_]) -> Int64:
     """(T,) position, inside its document, of the first token of each token's word; a document starts a word."""
-    index = np.arange(len(tokens))
-    starts = word_starts[tokens].copy()
-    starts[begins[begins < len(tokens)]] = True
-    first = np.maximum.accumulate(np.where(starts, index, 0))
-    owner = np.maximum.accumulate(np.where(np.isin(index, begins), index, 0))
-    return first - owner
+    starts = word_starts[tokens]
+    starts[begins] = True
+    first = np.maximum.accumulate(np.where(starts, np.arange(len(tokens)), 0))
+    return first - np.repeat(begins, np.diff(begins, append=len(tokens)))
 
 
 class PackedLoader:
@@ -257,7 +256,7 @@ def compare_states(*, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 def split_evenly(rows: Sequence[Any], parts: int) -> list[Sequence[Any]]:
     """Cut a sequence into `parts` runs whose sizes differ by at most one (some may be empty)."""
     bounds = [i * len(rows) // parts for i in range(parts + 1)]
-    return [rows[a:b] for a, b in zip(bounds, bounds[1:])]
+    return [rows[a:b] for a, b in pairwise(bounds)]
 
 
 def make_micro_batch(
@@ -300,8 +299,9 @@ def segment_positions(lengths: Sequence[int]) -> Int64:
 def ledger_digest(pieces: Pieces, inputs: Int64, *, step: int) -> int:
     """Commutative proof of what was trained on: Σ mix(document, position, epoch, step, true id, input id) mod 2^63."""
     with np.errstate(over="ignore"):
-        value = pieces.uid.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        value = mix64(value ^ (pieces.position.astype(np.uint64) << np.uint64(20)) ^ pieces.epoch.astype(np.uint64))
+        value: UInt64 = pieces.uid.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        value ^= pieces.position.astype(np.uint64) << np.uint64(20)
+        value = mix64(value ^ pieces.epoch.astype(np.uint64))
         value = mix64(
             value + (pieces.tokens.astype(np.uint64) << np.uint64(32)) + inputs.astype(np.uint64) + np.uint64(step)
         )

@@ -2,7 +2,7 @@
 
 An additive Feistel network over a mixed-radix pair (left, right) with left < a, right < b, a·b just above n; values that
 fall outside are walked on (cycle walking), so the map is a permutation for every n. Nothing here depends on a library's
-random stream, so an order survives every upgrade (data.md, section 4). Does not know blocks, rows or ranks.
+random stream, so an order survives every upgrade (docs/data-format.md). Does not know blocks, rows or ranks.
 """
 
 from __future__ import annotations

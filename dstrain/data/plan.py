@@ -2,7 +2,7 @@
 
 C canonical lanes split the epoch's order of rows; inside a lane, windows of V rows are permuted, so a shuffle needs only
 C·V rows within reach while batches still mix the whole corpus. World size, workers and prefetch never enter, so any
-number of ranks sees the same global batches, and a resume is one integer (data.md, section 4). Reads no files.
+number of ranks sees the same global batches, and a resume is one integer (docs/data-format.md). Reads no files.
 """
 
 from __future__ import annotations

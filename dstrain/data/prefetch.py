@@ -1,7 +1,7 @@
 """A background thread that makes steps ahead of the training loop; order and content never depend on it.
 
 Threads, not processes: reading, packing and masking are NumPy work that releases the GIL, nothing outlives a kill, and no
-stop signal can reach a worker (data.md, section 7).
+stop signal can reach a worker (docs/architecture.md).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class Prefetcher:
         self._loader, self._next, self._last = loader, first_step, last_step
         self._queue: queue.Queue[tuple[int, StepData] | BaseException] | None = None
         self._stopping = threading.Event()
+        self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
         if depth > 0 and first_step < last_step:
             self._queue = queue.Queue(maxsize=depth)
@@ -41,11 +42,14 @@ class Prefetcher:
 
     def __iter__(self) -> Iterator[tuple[int, StepData]]:
         while self._next < self._last:
+            if self._failure is not None:  # the thread has ended: nothing more would ever come
+                raise self._failure
             if self._queue is None:
                 item: tuple[int, StepData] | BaseException = (self._next, self._loader.step(self._next))
             else:
                 item = self._queue.get()
             if isinstance(item, BaseException):
+                self._failure = item
                 raise item
             self._next += 1
             yield item

@@ -1,7 +1,7 @@
 """Rows per block for one (sequence length, packer version): computed once, kept beside the shards where that is allowed.
 
 The file `rows-S1024.v1.idx` is a cache: a missing, foreign or unwritable one is computed again, never trusted blindly.
-Layout: 8 bytes magic, 32 bytes SHA-256 of what it depends on, then little-endian uint32 rows per block.
+Layout: 8 bytes magic, 32 bytes SHA-256 of what it depends on and of the rest, then little-endian uint32 rows per block.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def rows_per_block(
         may_write: keep the result beside the shards (one rank only).
     """
     path = dataset.path / f"rows-S{sequence_length}.v{PACKER_VERSION}.idx"
-    key = hashlib.sha256(f"{fingerprint}|{sequence_length}|{frame_length}|{PACKER_VERSION}".encode()).digest()
+    key = f"{fingerprint}|{sequence_length}|{frame_length}|{PACKER_VERSION}|".encode()
     cached = _read(path, key, num_blocks)
     if cached is not None:
         return cached
@@ -61,7 +61,8 @@ def rows_per_block(
     rows = np.array(counts, dtype=np.int64)
     if may_write:
         try:
-            write_bytes(path, _MAGIC + key + rows.astype("<u4").tobytes())
+            body = rows.astype("<u4").tobytes()
+            write_bytes(path, _MAGIC + hashlib.sha256(key + body).digest() + body)
         except StorageError as error:
             _LOG.info("row index not kept (%s): it is computed at every start", error)
     return rows
@@ -72,7 +73,8 @@ def _read(path: Path, key: bytes, num_blocks: int) -> npt.NDArray[np.int64] | No
         data = path.read_bytes()
     except OSError:
         return None
-    head = len(_MAGIC) + len(key)
-    if data[:head] != _MAGIC + key or len(data) != head + 4 * num_blocks:
+    head = len(_MAGIC) + hashlib.sha256().digest_size
+    body = data[head:]
+    if len(body) != 4 * num_blocks or data[:head] != _MAGIC + hashlib.sha256(key + body).digest():
         return None
-    return np.frombuffer(data, dtype="<u4", offset=head).astype(np.int64)
+    return np.frombuffer(body, dtype="<u4").astype(np.int64)

@@ -27,6 +27,7 @@ HEARTBEAT_S = 10.0
 SILENT_AFTER_S = 120.0
 """Heartbeat age from which an owner on another host counts as dead: twelve missed beats."""
 
+_UNREADABLE: dict[str, Any] = {"host": "", "pid": 0, "heartbeat": 0.0}  # as good as dead
 _LOG = get_logger(__name__)
 
 
@@ -121,8 +122,8 @@ class RunLease:
         except FileNotFoundError:
             return None
         except (OSError, ValueError):
-            return {"host": "", "pid": 0, "heartbeat": 0.0}  # unreadable: as good as dead
-        return owner if isinstance(owner, dict) else None
+            return _UNREADABLE
+        return owner if isinstance(owner, dict) else _UNREADABLE
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_S):

@@ -23,6 +23,9 @@ MASKING_VERSION = 1
 
 _SCALE = 1 << 32
 
+Int64 = npt.NDArray[np.int64]
+UInt32 = npt.NDArray[np.uint32]
+
 
 class MaskingConfig(Config):
     """Which tokens are hidden, and behind what."""
@@ -90,19 +93,28 @@ class Masking:
 
     def __call__(self, pieces: Pieces) -> Corrupted:
         """Corrupt the tokens of a micro-batch; `targets` ascend."""
-        own = self._words(pieces, pieces.position)
-        choice = self._words(pieces, pieces.word)[0] if self._config.whole_word and pieces.word is not None else own[0]
-        chosen = (choice < np.uint32(self._config.mask_rate * _SCALE)) & ~pieces.frame & ~self._special[pieces.tokens]
-        targets = np.flatnonzero(chosen)
+        targets, share, draw = self._choose(pieces)
         labels = pieces.tokens[targets]
-        share, draw = own[1][targets], own[2][targets].astype(np.uint64)
         to_mask = share < np.uint64(self._config.mask_share * _SCALE)
         to_random = ~to_mask & (share < np.uint64((self._config.mask_share + self._config.random_share) * _SCALE))
-        drawn = self._ordinary[((draw * np.uint64(len(self._ordinary))) >> np.uint64(32)).astype(np.int64)]
+        drawn = self._ordinary[((draw.astype(np.uint64) * np.uint64(len(self._ordinary))) >> np.uint64(32))]
         tokens = pieces.tokens.copy()
         tokens[targets] = np.where(to_mask, self._mask_id, np.where(to_random, drawn, labels))
         return Corrupted(tokens=tokens, targets=targets, labels=labels)
 
-    def _words(self, pieces: Pieces, position: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint32], ...]:
-        low, high = pieces.uid & 0xFFFFFFFF, pieces.uid >> 32
-        return philox4x32((position, low, high, pieces.epoch), self._key)
+    def _choose(self, pieces: Pieces) -> tuple[Int64, UInt32, UInt32]:
+        """The chosen tokens, ascending, and two random words of each: for its share and for its replacement."""
+        word = pieces.word if self._config.whole_word else None
+        random = self._random(pieces, pieces.position if word is None else word, slice(None))
+        chosen = random[0] < np.uint32(self._config.mask_rate * _SCALE)
+        chosen &= ~pieces.frame
+        chosen &= ~self._special[pieces.tokens]
+        targets = np.flatnonzero(chosen)
+        if word is not None:  # the tokens of a word share its choice, but each has its own replacement
+            random = self._random(pieces, pieces.position, targets)
+            return targets, random[1], random[2]
+        return targets, random[1][targets], random[2][targets]
+
+    def _random(self, pieces: Pieces, position: Int64, where: Int64 | slice) -> tuple[UInt32, ...]:
+        uid = pieces.uid[where]
+        return philox4x32((position[where], uid, uid >> 32, pieces.epoch[where]), self._key)

@@ -45,7 +45,8 @@ def learning_rate_factor(config: ScheduleConfig, *, step: int, max_steps: int) -
         return 1.0
     if config.kind == "wsd":
         decay = config.decay_steps if config.decay_steps is not None else max(1, round(0.1 * max_steps))
-        progress = (step - max(warmup, max_steps - decay)) / decay
+        start = max(warmup, max_steps - decay)  # a warm-up that reaches into the decay makes it shorter and steeper
+        progress = (step - start) / max(1, max_steps - start)
     else:
         progress = (step - warmup) / max(1, max_steps - warmup)
     progress = min(max(progress, 0.0), 1.0)

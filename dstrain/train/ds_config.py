@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from dstrain.base.config import Config
 from dstrain.base.device import Precision
@@ -80,7 +80,7 @@ class EngineConfig(Config):
 class RawDeepSpeed(Config):
     """Keys handed to DeepSpeed as they are, at the user's risk; those that dstrain owns are refused."""
 
-    model_config = {**Config.model_config, "extra": "allow"}
+    model_config = ConfigDict(extra="allow")
 
     @model_validator(mode="after")
     def _check(self) -> RawDeepSpeed:
@@ -186,7 +186,7 @@ def _zero(config: EngineConfig) -> dict[str, Any]:
     bucket = config.bucket_elements
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
-        "overlap_comm": False,  # its history of silent corruption is in deepspeed.md, section 6
+        "overlap_comm": False,  # its history of silent corruption is in docs/deepspeed.md
         "reduce_scatter": True,
         "use_multi_rank_bucket_allreduce": True,
         "contiguous_gradients": True,

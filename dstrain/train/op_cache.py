@@ -1,7 +1,7 @@
 """Stale locks in torch's cache of compiled ops: found, cleared where that is safe, and said.
 
 A process killed while it compiles an op leaves a `lock` file behind, and every later process that wants the op waits for it
-for ever without a word (deepspeed.md, section 3). dstrain builds no op by default, so it never waits; a raw `deepspeed:`
+for ever without a word (docs/deepspeed.md). dstrain builds no op by default, so it never waits; a raw `deepspeed:`
 key may still ask for one, and other programs share the cache.
 """
 
