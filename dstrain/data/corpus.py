@@ -227,7 +227,7 @@ class _Zstd(io.RawIOBase):
     # A frame can grow 32,000-fold, so small pieces of input keep a bomb's output bounded.
     _PIECE_BYTES = 4096
 
-    def __init__(self, raw: io.BufferedReader):
+    def __init__(self, raw: IO[bytes]):
         super().__init__()
         self._raw = raw
         self._frame = zstandard.ZstdDecompressor().decompressobj()

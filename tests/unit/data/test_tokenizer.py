@@ -96,19 +96,21 @@ def test_max_length_without_room_for_text_is_refused(trained):
         trained.encode_examples(["a"], max_length=2)
 
 
-@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
-def test_training_in_another_process_gives_the_same_bytes(kind, tmp_path, texts):
+def test_training_in_another_process_gives_the_same_bytes(tmp_path, texts):
     (tmp_path / "texts.json").write_text(json.dumps(texts))
     script = (
         "import json,sys,pathlib;from dstrain.data.tokenizer import train_tokenizer;"
-        "t=json.loads(pathlib.Path(sys.argv[1]).read_text());"
-        "train_tokenizer(t,kind=sys.argv[2],vocab_size=int(sys.argv[3]),out=pathlib.Path(sys.argv[4]),quiet=True)"
+        "root=pathlib.Path(sys.argv[1]);texts=json.loads((root/'texts.json').read_text());"
+        "[train_tokenizer(texts,kind=k,vocab_size=int(n),out=root/'there'/k,quiet=True)"
+        " for k,n in (a.split('=') for a in sys.argv[2:])]"
     )
-    args = [str(tmp_path / "texts.json"), kind, str(KINDS[kind]), str(tmp_path / "other")]
+    sizes = {kind: KINDS[kind] for kind in ("wordpiece", "bpe")}
+    args = [str(tmp_path), *(f"{kind}={size}" for kind, size in sizes.items())]
     subprocess.run([sys.executable, "-c", script, *args], check=True, capture_output=True)
-    train_tokenizer(texts, kind=kind, vocab_size=KINDS[kind], out=tmp_path / "here", quiet=True)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+    for kind, size in sizes.items():
+        train_tokenizer(texts, kind=kind, vocab_size=size, out=tmp_path / "here" / kind, quiet=True)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            assert (tmp_path / "here" / kind / name).read_bytes() == (tmp_path / "there" / kind / name).read_bytes()
 
 
 def test_copy_keeps_bytes_and_fingerprint(trained, tmp_path):
