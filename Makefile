@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.installed-runtime
 DEV := $(VENV)/.installed-dev
 INSTALL_INPUTS := pyproject.toml constraints.txt .ci/install
-CODE := dstrain tests launch benchmarks
+CODE := $(wildcard dstrain tests launch benchmarks)
 
 $(RUNTIME): $(INSTALL_INPUTS)
 	@.ci/install runtime
