@@ -49,10 +49,15 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes what `_Loader` would read as a number."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.yaml_implicit_resolvers = {k: list(v) for k, v in _side.yaml_implicit_resolvers.items()}
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+    )
 
 
 def parse_yaml(text: str, *, source: str) -> Any:
@@ -95,8 +100,9 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=3)
-        hint = f" Did you mean {', '.join(str(path.parent / n) for n in near)}?" if near else ""
+        # Stems, because equal endings would make any two names look alike.
+        near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], n=3)
+        hint = f" Did you mean {', '.join(str(path.parent / f'{n}.yaml') for n in near)}?" if near else ""
         raise ConfigError(f"{path}: no such configuration file.{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a UTF-8 configuration file: {error}") from None
@@ -173,7 +179,7 @@ def to_plain(config: BaseModel) -> dict[str, Any]:
 
 def dump_yaml(data: Mapping[str, Any]) -> str:
     """Plain data as YAML text with keys in their given order."""
-    return str(yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=120))
+    return str(yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120))
 
 
 def _explain(model: type[Config], problem: ErrorDetails, data: Mapping[str, Any]) -> str:

@@ -1,0 +1,59 @@
+import logging
+
+import pytest
+
+from dstrain.base.logs import configure_logs, get_logger
+from dstrain.base.world import World
+
+
+@pytest.fixture(autouse=True)
+def _restore(monkeypatch):
+    monkeypatch.delenv("DSTRAIN_LOG_LEVEL", raising=False)
+    root = logging.getLogger("dstrain")
+    before = (root.handlers[:], root.propagate, root.level)
+    yield
+    root.handlers[:], root.propagate = before[:2]
+    root.setLevel(before[2])
+
+
+def say(capsys):
+    logger = get_logger("dstrain.somewhere")
+    logger.debug("a detail")
+    logger.info("progress")
+    logger.warning("trouble")
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "full"), [("dstrain.base.logs", "dstrain.base.logs"), ("tool", "dstrain.tool")])
+def test_every_logger_hangs_below_the_root(name, full):
+    assert get_logger(name).name == full
+
+
+def test_the_first_rank_speaks_of_progress(capsys):
+    configure_logs(World(rank=0, size=2))
+    text = say(capsys)
+    assert "progress" in text
+    assert "trouble" in text
+    assert "a detail" not in text
+    assert "[rank" not in text
+
+
+def test_other_ranks_speak_only_of_trouble_and_say_who_they_are(capsys):
+    configure_logs(World(rank=1, size=2))
+    text = say(capsys)
+    assert "progress" not in text
+    assert text.rstrip().endswith("[rank 1] trouble")
+
+
+def test_the_level_comes_from_the_caller_then_from_the_environment(capsys, monkeypatch):
+    monkeypatch.setenv("DSTRAIN_LOG_LEVEL", "debug")
+    configure_logs(World())
+    assert "a detail" in say(capsys)
+    configure_logs(World(), level="error")
+    assert say(capsys) == ""
+
+
+def test_configuring_twice_does_not_say_everything_twice(capsys):
+    configure_logs(World())
+    configure_logs(World())
+    assert say(capsys).count("trouble") == 1
