@@ -8,6 +8,7 @@ segment. Does not compute losses and never runs code that came with a checkpoint
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -288,6 +289,11 @@ def save_folder(module: nn.Module, folder: Path) -> None:
     """Write config.json and model.safetensors of the wrapped model, as plain transformers would."""
     model = cast(PreTrainedModel, module.model)
     model.save_pretrained(str(folder))
+
+
+def accepted_inputs(module: nn.Module) -> frozenset[str]:
+    """Names of the forward arguments of the wrapped model."""
+    return frozenset(inspect.signature(cast(PreTrainedModel, module.model).forward).parameters)
 
 
 def plain_logits(module: nn.Module, tokens: Tensor) -> Tensor:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from dstrain.base.errors import CheckpointError, ConfigError
 from dstrain.base.logs import get_logger
-from dstrain.base.storage import make_directory, publish_directory, remove_directory, write_text
+from dstrain.base.storage import make_directory, publish_directory, read_json, remove_directory, write_json, write_text
 from dstrain.checkpoint.reader import Checkpoint
 from dstrain.data.tokenizer import Tokenizer
 from dstrain.models.config import ModelConfig
 from dstrain.models.huggingface import (
+    accepted_inputs,
     build_classifier,
     build_masked_lm,
     initialise,
@@ -72,6 +73,7 @@ def export_run(run_folder: Path, out: Path, *, step: int | None = None, overwrit
         make_directory(staging)
         save_folder(module, staging)
         tokenizer.copy_to(staging)
+        _trim_tokenizer_inputs(module, staging)
         write_text(staging / "README.md", model_card(run_folder, checkpoint))
         difference = _compare(module, staging, tokenizer)
         if not difference <= TOLERANCE:
@@ -86,6 +88,15 @@ def export_run(run_folder: Path, out: Path, *, step: int | None = None, overwrit
             remove_directory(staging)
     parameters = sum(p.numel() for p in module.parameters())
     return ExportReport(step=checkpoint.manifest.step, num_parameters=parameters, max_difference=difference)
+
+
+def _trim_tokenizer_inputs(module: nn.Module, folder: Path) -> None:
+    """Let the exported tokenizer make only the inputs that the model takes (ModernBERT and DistilBERT have no types)."""
+    path = folder / "tokenizer_config.json"
+    accepted = accepted_inputs(module)
+    settings = read_json(path) if path.is_file() else {}
+    names = settings.get("model_input_names") or ["input_ids", "token_type_ids", "attention_mask"]
+    write_json(path, {**settings, "model_input_names": [name for name in names if name in accepted]})
 
 
 def rebuild(checkpoint: Checkpoint, tokenizer: Tokenizer) -> nn.Module:

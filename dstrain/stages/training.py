@@ -100,7 +100,7 @@ def open_site(config: AnyConfig, world: World) -> Iterator[Site]:
     try:
         yield Site(world, control, device, precision)
     finally:
-        stop_processes()
+        stop_processes(world)
 
 
 def run_training(config: AnyConfig, world: World, assemble: Callable[[Site], Assembly]) -> ExitCode:

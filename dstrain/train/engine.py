@@ -104,9 +104,13 @@ def start_processes(world: World, *, device: str, timeout_s: int) -> ControlPlan
     return ControlPlane(world, timeout_s=timeout_s)
 
 
-def stop_processes() -> None:
-    """Leave the process group cleanly."""
-    if distributed.is_initialized():
+def stop_processes(world: World) -> None:
+    """Leave the process group cleanly.
+
+    A world of one keeps it: DeepSpeed remembers groups in module state, and a second run in the same process (a notebook,
+    a test) would find them destroyed. There is no peer to wait for, so nothing is lost.
+    """
+    if world.size > 1 and distributed.is_initialized():
         distributed.destroy_process_group()
 
 

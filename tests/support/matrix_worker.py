@@ -104,7 +104,7 @@ def main(root: Path) -> None:
             state.refresh()
             state.set_optimizer_step(2)
             save(engine, state, root / "crossed" / f"{source.parent.name}-to-{name(world.size, stage, precision)}", stage=stage, control=control)
-    stop_processes()
+    stop_processes(world)
 
 
 if __name__ == "__main__":
