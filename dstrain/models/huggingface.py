@@ -36,8 +36,16 @@ from transformers.models.auto.modeling_auto import (
 from dstrain.base.errors import ConfigError
 from dstrain.base.logs import get_logger
 from dstrain.base.protocols import MicroBatch
-from dstrain.models.attention import SegmentLayout, segment_attention, segment_layout
+from dstrain.models.attention import SegmentLayout, segment_attention
 from dstrain.models.config import ModelConfig, ModelFacts
+from dstrain.models.inputs import (
+    pad_segments,
+    padded_inputs,
+    padded_rows,
+    plain_batch,
+    position_offset,
+    unpadded_inputs,
+)
 
 ATTENTION_NAME = "dstrain_segments"
 
@@ -74,7 +82,7 @@ class MaskedLanguageModel(nn.Module):
             self._rows = batch.targets
         else:
             inputs, width = padded_inputs(batch, pad_id=_pad_id(self.model))
-            self._rows = _padded_rows(batch, width)
+            self._rows = padded_rows(batch, width)
         try:
             return cast(Tensor, self.model(**inputs).logits[0])
         finally:
@@ -109,8 +117,8 @@ class MaskedLanguageModel(nn.Module):
         vocab = self.model.config.vocab_size
         tokens = (torch.arange(sum(lengths), device=device) * 7919 + 5) % max(vocab - 6, 1) + min(5, vocab - 1)
         with _evaluation(self.model):
-            together = self.forward(_plain_batch(tokens, lengths))
-            apart = [self.forward(_plain_batch(part, (len(part),))) for part in tokens.split(list(lengths))]
+            together = self.forward(plain_batch(tokens, lengths))
+            apart = [self.forward(plain_batch(part, (len(part),))) for part in tokens.split(list(lengths))]
         difference = float((together - torch.cat(apart)).abs().max())
         scale = max(1.0, float(together.abs().max()))
         if not difference <= _SELF_CHECK_TOLERANCE * scale:
@@ -133,7 +141,7 @@ class SequenceClassifier(nn.Module):
         """Logits (M, classes) of the segments `batch.targets`."""
         inputs, _ = padded_inputs(batch, pad_id=_pad_id(self.model))
         if batch.token_types is not None and getattr(self.model.config, "type_vocab_size", 0) > 1:
-            inputs["token_type_ids"] = _pad(batch.token_types, batch.lengths, 0)
+            inputs["token_type_ids"] = pad_segments(batch.token_types, batch.lengths, 0)
         return cast(Tensor, self.model(**inputs).logits[batch.targets])
 
 
@@ -312,56 +320,8 @@ def reload_logits(folder: Path, tokens: Tensor) -> Tensor:
     return cast(Tensor, model(input_ids=tokens[None], attention_mask=torch.ones_like(tokens)[None]).logits[0])
 
 
-def position_offset(model: PreTrainedModel) -> int:
-    """Where position ids start: padding_idx + 1 for the RoBERTa family, else 0."""
-    embeddings = getattr(model.base_model, "embeddings", None)
-    if embeddings is not None and hasattr(embeddings, "create_position_ids_from_input_ids"):
-        return int(embeddings.padding_idx) + 1
-    return 0
-
-
-def unpadded_inputs(model: PreTrainedModel, batch: MicroBatch) -> dict[str, Any]:
-    """Forward arguments of one flat row; `segments` reaches the attention function through transformers' kwargs."""
-    dtype = next(model.parameters()).dtype
-    if torch.is_autocast_enabled(batch.tokens.device.type):
-        dtype = torch.get_autocast_dtype(batch.tokens.device.type)
-    inputs: dict[str, Any] = {
-        "input_ids": batch.tokens[None],
-        "position_ids": batch.positions[None] + position_offset(model),
-        "segments": segment_layout(batch.lengths, device=batch.tokens.device, dtype=dtype),
-    }
-    if batch.token_types is not None:
-        inputs["token_type_ids"] = batch.token_types[None]
-    return inputs
-
-
-def padded_inputs(batch: MicroBatch, *, pad_id: int) -> tuple[dict[str, Any], int]:
-    """Forward arguments of one padded row per segment, and the row width."""
-    width = max(batch.lengths)
-    lengths = torch.tensor(batch.lengths, device=batch.tokens.device)
-    mask = torch.arange(width, device=batch.tokens.device)[None] < lengths[:, None]
-    return {"input_ids": _pad(batch.tokens, batch.lengths, pad_id), "attention_mask": mask.long()}, width
-
-
-def _pad(flat: Tensor, lengths: tuple[int, ...], value: int) -> Tensor:
-    return nn.utils.rnn.pad_sequence(list(torch.split(flat, list(lengths))), batch_first=True, padding_value=value)
-
-
-def _padded_rows(batch: MicroBatch, width: int) -> Tensor:
-    """Targets of the flat row as indices into the padded rows laid end to end."""
-    lengths = torch.tensor(batch.lengths, device=batch.tokens.device)
-    segment = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-    return (segment * width + batch.positions)[batch.targets]
-
-
 def _pad_id(model: PreTrainedModel) -> int:
     return int(model.config.pad_token_id or 0)
-
-
-def _plain_batch(tokens: Tensor, lengths: tuple[int, ...]) -> MicroBatch:
-    positions = torch.cat([torch.arange(n, device=tokens.device) for n in lengths])
-    everything = torch.arange(len(tokens), device=tokens.device)
-    return MicroBatch(tokens=tokens, positions=positions, lengths=lengths, targets=everything, labels=tokens)
 
 
 @contextmanager

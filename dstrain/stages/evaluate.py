@@ -11,9 +11,9 @@ from dstrain.base.world import World
 from dstrain.checkpoint.fragments import EngineState
 from dstrain.checkpoint.manifest import MASTER
 from dstrain.stages import finetune, pretrain
+from dstrain.stages.assembly import open_site
 from dstrain.stages.config import FinetuneConfig, PretrainConfig
 from dstrain.stages.initial import best_checkpoint
-from dstrain.stages.training import open_site
 from dstrain.train.engine import PARAMETER_PREFIX, Engine
 
 

@@ -18,9 +18,10 @@ from dstrain.data.plan import num_micro_batches
 from dstrain.data.tokenizer import Tokenizer
 from dstrain.models.huggingface import SequenceClassifier, build_classifier, facts, initialise
 from dstrain.objectives.supervised import ClassificationObjective, RegressionObjective
+from dstrain.stages.assembly import Assembly, Site, seed_weights
 from dstrain.stages.config import FinetuneConfig
 from dstrain.stages.initial import Origin, find_origin, special_tokens
-from dstrain.stages.training import Assembly, Site, run_training, seed_weights
+from dstrain.stages.training import run_training
 from dstrain.tasks.encoded import EncodedExamples, encode
 from dstrain.tasks.examples import Examples, TaskData, read_task
 from dstrain.tasks.loader import EvaluationBatch, ExampleLoader, evaluation_batches

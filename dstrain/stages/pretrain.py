@@ -17,9 +17,10 @@ from dstrain.data.tokenizer import Tokenizer
 from dstrain.models.huggingface import MaskedLanguageModel, build_masked_lm, facts, initialise
 from dstrain.objectives.masking import Masking
 from dstrain.objectives.mlm import MlmObjective
+from dstrain.stages.assembly import Assembly, Site, seed_weights
 from dstrain.stages.config import PretrainConfig
 from dstrain.stages.initial import find_origin, special_tokens
-from dstrain.stages.training import Assembly, Site, run_training, seed_weights
+from dstrain.stages.training import run_training
 from dstrain.train.engine import Engine
 
 _UNIGRAM_SAMPLE_TOKENS = 4_000_000

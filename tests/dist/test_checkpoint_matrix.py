@@ -58,7 +58,9 @@ def test_what_one_world_and_stage_wrote_every_other_keeps_bit_for_bit(
 
 def test_no_two_sources_are_the_same(matrix: Path) -> None:
     sums = {
-        (w, s, p): float(tensors(matrix / "written" / name(w, s, p))["bert.embeddings.word_embeddings.weight|fp32"].double().sum())
+        (w, s, p): float(
+            tensors(matrix / "written" / name(w, s, p))["bert.embeddings.word_embeddings.weight|fp32"].double().sum()
+        )
         for w in WORLDS
         for s in STAGES
         for p in PRECISIONS

@@ -30,7 +30,9 @@ def run(folder: Path, shards: Path, *, world_size: int, name: str, **sections: A
 def by_world(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[int, dict[int, dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("worlds")
     configs = {
-        w: write_config(folder / f"w{w}.yaml", pretrain_settings(shards, folder / f"w{w}", checkpoint={"every_steps": None}))
+        w: write_config(
+            folder / f"w{w}.yaml", pretrain_settings(shards, folder / f"w{w}", checkpoint={"every_steps": None})
+        )
         for w in (1, 2, 3)
     }
     jobs = {w: pretrain_job(configs[w], world_size=w) for w in (1, 2, 3)}

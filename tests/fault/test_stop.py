@@ -14,7 +14,14 @@ import pytest
 
 from dstrain.checkpoint.reader import newest_valid
 from tests.support.runs import (
-    ROOT, build_tiny_shards, free_port, pretrain_job, pretrain_settings, step_events, wait_for, write_config,
+    ROOT,
+    build_tiny_shards,
+    free_port,
+    pretrain_job,
+    pretrain_settings,
+    step_events,
+    wait_for,
+    write_config,
 )  # fmt: skip
 
 pytestmark = pytest.mark.fault
@@ -70,7 +77,9 @@ def test_the_deepspeed_launcher_passes_the_exit_code_on_and_no_compiler_or_op_ca
     lock.touch()
     os.utime(lock, (time.time() - 7200, time.time() - 7200))
     run = tmp_path / "run"
-    config = write_config(tmp_path / "run.yaml", pretrain_settings(shards, run, engine={"precision": "auto"}, train={"max_steps": 3}))
+    config = write_config(
+        tmp_path / "run.yaml", pretrain_settings(shards, run, engine={"precision": "auto"}, train={"max_steps": 3})
+    )
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     for tool in ("env", "bash", "sh", "uname"):
@@ -83,14 +92,18 @@ def test_the_deepspeed_launcher_passes_the_exit_code_on_and_no_compiler_or_op_ca
         str(ROOT / "launch" / "pretrain.py"), "--config", str(config),
     ]  # fmt: skip
     environment = {**os.environ, "PATH": str(bin_folder), "TORCH_EXTENSIONS_DIR": str(cache), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert sorted(step_events(run)) == [1, 2, 3]
     assert not lock.exists()
     assert "left 120 minutes ago by a killed build" in done.stdout + done.stderr
 
     command[-2:] = ["--config", str(config), "train.global_batch=1000000"]
-    failed = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+    failed = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
+    )
     assert failed.returncode == 78, failed.stderr[-2000:]
     assert "Traceback" not in failed.stderr
     assert "train.global_batch" in failed.stderr

@@ -27,12 +27,14 @@ def shards(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(folder: Path, shards: Path) -> Path:
-    config = write_config(folder / "finished.yaml", pretrain_settings(shards, folder / "finished", train={"max_steps": 2}))
+    config = write_config(
+        folder / "finished.yaml", pretrain_settings(shards, folder / "finished", train={"max_steps": 2})
+    )
     assert main(["pretrain", str(config)]) == 0
     return folder / "finished"
 
 
-@pytest.fixture()
+@pytest.fixture
 def run(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run pretraining with some overrides; returns what was said, after checking that it was refused cleanly."""
 
@@ -65,7 +67,9 @@ def test_a_missing_configuration_file(capsys: pytest.CaptureFixture[str], tmp_pa
 
 
 def test_a_batch_larger_than_the_data(run: Callable[..., str]) -> None:
-    assert "train.global_batch: 100000 rows are asked for, the training data has only" in run("train.global_batch=100000")
+    assert "train.global_batch: 100000 rows are asked for, the training data has only" in run(
+        "train.global_batch=100000"
+    )
 
 
 def test_rows_longer_than_the_models_positions(run: Callable[..., str]) -> None:
@@ -136,7 +140,9 @@ def refuse_on(finished: Path, folder: Path, shards: Path, capsys: pytest.Capture
     return said
 
 
-def test_a_checkpoint_of_another_model(finished: Path, folder: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_of_another_model(
+    finished: Path, folder: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = sorted(p.name for p in (finished / "checkpoints").iterdir())
     said = refuse_on(finished, folder, shards, capsys, "model.config.intermediate_size=96")
     assert "from another model: bert.encoder.layer.0.intermediate.dense" in said
@@ -146,7 +152,9 @@ def test_a_checkpoint_of_another_model(finished: Path, folder: Path, shards: Pat
 def test_a_resume_with_another_batch_or_seed_says_what_changed(
     finished: Path, folder: Path, shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "global_batch: 12 in the checkpoint, 6 now" in refuse_on(finished, folder, shards, capsys, "train.global_batch=6")
+    assert "global_batch: 12 in the checkpoint, 6 now" in refuse_on(
+        finished, folder, shards, capsys, "train.global_batch=6"
+    )
     assert "seed: 7 in the checkpoint, 8 now" in refuse_on(finished, folder, shards, capsys, "seed=8")
 
 

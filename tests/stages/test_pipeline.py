@@ -21,7 +21,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pretrained(folder: Path) -> Path:
     shards = build_tiny_shards(folder)
-    config = write_config(folder / "pretrain.yaml", pretrain_settings(shards, folder / "run", train={"evaluate_every": 6}))
+    config = write_config(
+        folder / "pretrain.yaml", pretrain_settings(shards, folder / "run", train={"evaluate_every": 6})
+    )
     assert main(["pretrain", str(config)]) == 0
     return folder / "run"
 
@@ -42,7 +44,13 @@ def finetune_settings(folder: Path, task_file: Path, name: str, **sections: obje
     settings = {
         "run_folder": str(folder / name),
         "model": {"init_from": str(folder / "run")},
-        "task": {"kind": "classification", "train": str(task_file), "test": str(task_file), "max_length": 32, "validation_fraction": 0.3},
+        "task": {
+            "kind": "classification",
+            "train": str(task_file),
+            "test": str(task_file),
+            "max_length": 32,
+            "validation_fraction": 0.3,
+        },
         "optimizer": {"learning_rate": 2e-3},
         "engine": {"precision": "fp32", "device": "cpu", "threads": 1},
         "train": {"global_batch": 16, "micro_batch": 8, "max_steps": 60, "evaluate_every": 20},
@@ -61,7 +69,9 @@ def test_a_run_folder_holds_everything_a_person_and_a_tool_need(pretrained: Path
     assert kept == ["step-00000008", "step-00000012"], "retention keeps the last two"
 
 
-def test_evaluation_of_a_checkpoint_repeats_the_evaluation_of_the_run(pretrained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluation_of_a_checkpoint_repeats_the_evaluation_of_the_run(
+    pretrained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["evaluate", str(pretrained)]) == 0
     metrics = json.loads(capsys.readouterr().out)
     lines = [json.loads(line) for line in (pretrained / "events.jsonl").read_text().splitlines()]
@@ -108,7 +118,13 @@ def test_finetuning_learns_keeps_its_best_checkpoint_and_writes_predictions(
 
 
 def test_regression_runs_through_the_same_command(pretrained: Path, folder: Path, task_file: Path) -> None:
-    task = {"kind": "regression", "train": str(task_file), "label": "score", "max_length": 32, "validation_fraction": 0.3}
+    task = {
+        "kind": "regression",
+        "train": str(task_file),
+        "label": "score",
+        "max_length": 32,
+        "validation_fraction": 0.3,
+    }
     config = finetune_settings(folder, task_file, "regression", task=task)
     assert main(["finetune", str(config)]) == 0
     metrics = json.loads((folder / "regression" / "metrics.json").read_text())
@@ -118,7 +134,9 @@ def test_regression_runs_through_the_same_command(pretrained: Path, folder: Path
 def test_a_pretraining_run_can_start_from_an_exported_folder(pretrained: Path, folder: Path) -> None:
     out = folder / "hf-again"
     assert main(["export", str(pretrained), "--out", str(out)]) == 0
-    settings = pretrain_settings(folder / "shards", folder / "continued", model={"config": {}, "init_from": str(out)}, train={"max_steps": 2})
+    settings = pretrain_settings(
+        folder / "shards", folder / "continued", model={"config": {}, "init_from": str(out)}, train={"max_steps": 2}
+    )
     settings["model"] = {"init_from": str(out)}
     assert main(["pretrain", str(write_config(folder / "continued.yaml", settings))]) == 0
     first = step_events(folder / "run")[1]["loss"]

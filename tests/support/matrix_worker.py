@@ -58,9 +58,14 @@ def train(engine: Engine, *, rank: int, steps: int) -> None:
             targets = torch.arange(0, 15, 4)
             batches.append(
                 MicroBatch(
-                    tokens=tokens, positions=positions, lengths=(9, 6), targets=targets, labels=tokens[targets],
-                    num_targets=len(targets), num_tokens=15,
-                )  # fmt: skip
+                    tokens=tokens,
+                    positions=positions,
+                    lengths=(9, 6),
+                    targets=targets,
+                    labels=tokens[targets],
+                    num_targets=len(targets),
+                    num_tokens=15,
+                )
             )
         engine.train_step(StepData(batches, 2, 30, 0, 0.0), step=step, learning_rate=1e-2, stop_requested=False)
 
@@ -103,7 +108,13 @@ def main(root: Path) -> None:
                 checkpoint.load_into(state.held())
             state.refresh()
             state.set_optimizer_step(2)
-            save(engine, state, root / "crossed" / f"{source.parent.name}-to-{name(world.size, stage, precision)}", stage=stage, control=control)
+            save(
+                engine,
+                state,
+                root / "crossed" / f"{source.parent.name}-to-{name(world.size, stage, precision)}",
+                stage=stage,
+                control=control,
+            )
     stop_processes(world)
 
 

@@ -88,7 +88,9 @@ def free_port() -> int:
 class Job:
     """N ranks of one command, started as a launcher would: rank and world in the environment."""
 
-    def __init__(self, command: list[str], *, world_size: int, log_folder: Path, environment: dict[str, str] | None = None):
+    def __init__(
+        self, command: list[str], *, world_size: int, log_folder: Path, environment: dict[str, str] | None = None
+    ):
         log_folder.mkdir(parents=True, exist_ok=True)
         port = str(free_port())
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -101,9 +103,13 @@ class Job:
             with log.open("wb") as out:
                 self.processes.append(
                     subprocess.Popen(
-                        [sys.executable, *command], env={**os.environ, **ranks, **(environment or {})},
-                        stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
-                    )  # fmt: skip
+                        [sys.executable, *command],
+                        env={**os.environ, **ranks, **(environment or {})},
+                        stdout=out,
+                        stderr=subprocess.STDOUT,
+                        cwd=ROOT,
+                        start_new_session=True,
+                    )
                 )
 
     def wait(self, timeout_s: float = 150) -> list[int]:

@@ -1,0 +1,82 @@
+"""Where a run runs (`Site`) and what a stage hands to it (`Assembly`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dstrain.base.control import ControlPlane
+from dstrain.base.device import Precision, choose_device, choose_precision
+from dstrain.base.protocols import Loader, Objective
+from dstrain.base.seeds import derive
+from dstrain.base.world import World
+from dstrain.stages.config import FinetuneConfig, PretrainConfig
+from dstrain.stages.environment import set_threads
+from dstrain.train.engine import Engine, start_processes, stop_processes
+
+AnyConfig = PretrainConfig | FinetuneConfig
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a run runs: ranks, device, agreements."""
+
+    world: World
+    control: ControlPlane
+    device: str
+    precision: Precision
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What a stage hands to the common run."""
+
+    stage: str
+    """pretrain or finetune."""
+    model: nn.Module
+    """In fp32, with the weights a fresh run starts from."""
+    objective: Objective
+    loader: Loader
+    max_steps: int
+    accumulation: int
+    """Micro-batches of a step, the same on every rank."""
+    tokenizer_folder: Path
+    prefetch_steps: int
+    evaluate: Callable[[Engine], dict[str, float]] | None = None
+    """Collective; the metrics of the held-out data, the same on every rank."""
+    deciding_metric: str | None = None
+    """The metric (larger is better) that chooses the best checkpoint; None keeps only the newest."""
+    finish: Callable[[Engine], None] | None = None
+    """Collective; called once when a complete run has its best weights loaded (predictions)."""
+    finished_file: str | None = None
+    """What `finish` leaves in the run folder: while it is missing, a run at its last step is not complete."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Kept in the manifest."""
+    mean_context: float = 0.0
+    """Tokens a token attends to on average, for FLOP counts."""
+    notes: tuple[str, ...] = ()
+    """Lines printed at the start."""
+
+
+@contextmanager
+def open_site(config: AnyConfig, world: World) -> Iterator[Site]:
+    """Choose device, precision and threads, join the processes, and leave them when done."""
+    device = choose_device(config.engine.device)
+    precision = choose_precision(config.engine.precision, device=device)
+    set_threads(world, config.engine.threads)
+    control = start_processes(world, device=device, timeout_s=config.engine.timeout_s)
+    try:
+        yield Site(world, control, device, precision)
+    finally:
+        stop_processes(world)
+
+
+def seed_weights(seed: int) -> None:
+    """Make the random initial weights a function of the seed alone."""
+    torch.manual_seed(derive(seed, "initial_weights") >> 1)
