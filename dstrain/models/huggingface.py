@@ -51,6 +51,15 @@ ATTENTION_NAME = "dstrain_segments"
 
 _TOKEN_FIELDS = ("pad_token_id", "cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id")
 _HEAD_FIELDS = ("num_labels", "id2label", "label2id", "problem_type")
+_UNLISTED_FIELDS = {
+    "modernbert": ("global_attn_every_n_layers", "global_rope_theta", "local_rope_theta"),
+    "deberta": ("embedding_size", "talking_head", "cls_dropout"),
+    "deberta-v2": (
+        "attention_head_size", "cls_dropout", "conv_act", "conv_groups", "conv_kernel_size", "embedding_size", "norm_rel_ebd",
+        "position_buckets", "share_att_key",
+    ),
+}  # fmt: skip
+"""Fields that transformers reads and published configurations carry, but its configuration classes do not list."""
 
 _LOG = get_logger(__name__)
 _SELF_CHECK_TOLERANCE = 1e-4
@@ -160,7 +169,7 @@ def build_masked_lm(
         ConfigError: unknown model type or field, or sizes that do not fit.
     """
     hf_config = _configuration(
-        {**(architecture or {}), **config.config}, vocab_size=vocab_size, pad_to=config.pad_vocab_to, special=special
+        config.config, architecture or {}, vocab_size=vocab_size, pad_to=config.pad_vocab_to, special=special
     )
     _require_class(hf_config, MODEL_FOR_MASKED_LM_MAPPING, "ForMaskedLM")
     return MaskedLanguageModel(_construct(AutoModelForMaskedLM, hf_config), attention=config.attention)
@@ -182,8 +191,13 @@ def build_classifier(
         "label2id": {name: i for i, name in enumerate(names)},
         "problem_type": "regression" if regression else "single_label_classification",
     }
-    fields = {**(architecture or {}), **config.config, **extra}
-    hf_config = _configuration(fields, vocab_size=vocab_size, pad_to=config.pad_vocab_to, special=special)
+    hf_config = _configuration(
+        {**config.config, **extra},
+        architecture or {},
+        vocab_size=vocab_size,
+        pad_to=config.pad_vocab_to,
+        special=special,
+    )
     _require_class(hf_config, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, "ForSequenceClassification")
     return SequenceClassifier(_construct(AutoModelForSequenceClassification, hf_config))
 
@@ -369,17 +383,23 @@ def _use_attention(model: PreTrainedModel, name: str) -> str | None:
 
 
 def _configuration(
-    fields: dict[str, Any], *, vocab_size: int, pad_to: int, special: Mapping[str, int]
+    typed: Mapping[str, Any],
+    architecture: Mapping[str, Any],
+    *,
+    vocab_size: int,
+    pad_to: int,
+    special: Mapping[str, int],
 ) -> PretrainedConfig:
-    fields = dict(fields)
+    """What a person typed, over what came with a model; only the former is checked for unknown names."""
+    fields = {**architecture, **typed}
     model_type = fields.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
         raise ConfigError(
             f"model.config.model_type: {model_type!r} is not known to transformers (bert, roberta, modernbert, ...)"
         )
     known = CONFIG_MAPPING[model_type]()
-    allowed = set(known.to_dict()) | set(known.attribute_map)
-    unknown = sorted(key for key in fields if key not in allowed and key not in (*_HEAD_FIELDS, *_TOKEN_FIELDS))
+    allowed = {"model_type", *known.to_dict(), *known.attribute_map, *_UNLISTED_FIELDS.get(model_type, ())}
+    unknown = sorted(key for key in typed if key not in allowed and key not in (*_HEAD_FIELDS, *_TOKEN_FIELDS))
     if unknown:
         import difflib  # noqa: PLC0415
 
