@@ -38,7 +38,7 @@ class PlannedRows:
 class Plan:
     """Which row trains at which slot of which step. Immutable; the only state is the step asked for.
 
-    An epoch uses floor(R/C)·C rows; the fewer than C rows left over differ each epoch (`rotate`), because the order does.
+    An epoch uses floor(R/C)·C rows; the fewer than C rows left over differ each epoch.
     Epochs run on without a barrier: a step may hold the end of one and the start of the next.
     """
 
@@ -110,6 +110,8 @@ class Plan:
         size = np.minimum(self.window_rows, self.rows_per_lane - window * self.window_rows)
         keys = subkey(derive(self.seed, "plan.window", self.source, epoch), lane, window)
         position = lane * self.rows_per_lane + window * self.window_rows + permute(offset, size, keys)
+        # Each epoch begins elsewhere on the ring of rows: else a source of few blocks would always drop the same ones.
+        position = (position + derive(self.seed, "plan.shift", self.source, epoch) % self.num_rows) % self.num_rows
         blocks, ends = self._order(epoch)
         at = np.searchsorted(ends, position, side="right")
         block = blocks[at]

@@ -1,0 +1,98 @@
+import threading
+from itertools import islice
+
+import pytest
+
+from dstrain.base.errors import DataError
+from dstrain.data.prefetch import Prefetcher
+
+
+class Steps:
+    """A loader whose data is its step; notes what was made and can fail."""
+
+    steps_per_epoch = 1.0
+
+    def __init__(self, *, fail_at=None):
+        self.fail_at, self.made = fail_at, []
+
+    def step(self, step):
+        if step == self.fail_at:
+            raise DataError(f"step {step} is damaged")
+        self.made.append((step, threading.current_thread() is threading.main_thread()))
+        return f"data {step}"
+
+
+depths = pytest.mark.parametrize("depth", [0, 1, 4, 64])
+
+
+@depths
+@pytest.mark.parametrize(("first", "last"), [(0, 10), (7, 20), (3, 4)])
+def test_steps_come_in_order_each_once(depth, first, last):
+    loader = Steps()
+    with Prefetcher(loader, first_step=first, last_step=last, depth=depth) as steps:
+        assert list(steps) == [(step, f"data {step}") for step in range(first, last)]
+    assert [step for step, _ in loader.made] == list(range(first, last))
+
+
+@depths
+def test_no_steps_to_make_is_no_thread_and_no_wait(depth):
+    with Prefetcher(Steps(), first_step=5, last_step=5, depth=depth) as steps:
+        assert list(steps) == []
+
+
+def test_depth_decides_who_makes_the_steps():
+    here, ahead = Steps(), Steps()
+    for loader, depth in ((here, 0), (ahead, 2)):
+        with Prefetcher(loader, first_step=0, last_step=3, depth=depth) as steps:
+            list(steps)
+    assert all(in_main for _, in_main in here.made)
+    assert not any(in_main for _, in_main in ahead.made)
+
+
+def test_without_depth_a_step_is_made_only_when_asked_for():
+    loader = Steps()
+    with Prefetcher(loader, first_step=0, last_step=9, depth=0) as steps:
+        assert len(list(islice(steps, 2))) == 2
+    assert len(loader.made) == 2
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+def test_no_more_steps_are_made_ahead_than_allowed(depth):
+    loader = Steps()
+    with Prefetcher(loader, first_step=0, last_step=1000, depth=depth) as steps:
+        taken = len(list(islice(steps, 3)))
+    assert taken <= len(loader.made) <= taken + depth + 1  # those that wait and the one in the making
+
+
+@depths
+def test_a_fault_comes_after_the_steps_before_it_and_stays(depth):
+    with Prefetcher(Steps(fail_at=3), first_step=0, last_step=10, depth=depth) as steps:
+        items = iter(steps)
+        assert [step for step, _ in islice(items, 3)] == [0, 1, 2]
+        with pytest.raises(DataError, match="step 3 is damaged"):
+            next(items)
+        with pytest.raises(DataError, match="step 3 is damaged"):
+            next(iter(steps))
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+def test_leaving_early_stops_the_thread_even_when_the_queue_is_full(depth):
+    with Prefetcher(Steps(), first_step=0, last_step=10**9, depth=depth) as steps:
+        next(iter(steps))
+        assert _threads()
+    assert not _threads()
+
+
+def test_a_fault_in_the_loop_stops_the_thread():
+    def loop():
+        with Prefetcher(Steps(), first_step=0, last_step=10**9, depth=2) as steps:
+            for step, _ in steps:
+                1 // (2 - step)
+
+    with pytest.raises(ZeroDivisionError):
+        loop()
+    assert not _threads()
+
+
+def _threads():
+    return [thread for thread in threading.enumerate() if thread.name == "dstrain-prefetch"]
