@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -416,7 +417,7 @@ def _configuration(
     tokens = {name: special.get(name) for name in _TOKEN_FIELDS}
     try:
         return AutoConfig.for_model(model_type, vocab_size=size, **{**fields, **tokens})
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
         raise ConfigError(f"model.config: transformers refuses these {model_type} fields: {error}") from None
 
 
@@ -428,5 +429,5 @@ def _require_class(config: PretrainedConfig, mapping: Any, kind: str) -> None:
 def _construct(factory: Any, config: PretrainedConfig) -> PreTrainedModel:
     try:
         return cast(PreTrainedModel, factory.from_config(config, dtype=torch.float32))
-    except (ValueError, AssertionError, RuntimeError, IndexError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, LookupError, AssertionError, RuntimeError, ZeroDivisionError) as error:
         raise ConfigError(f"model.config: transformers cannot build this {config.model_type}: {error}") from None
