@@ -1,0 +1,391 @@
+import dataclasses
+import json
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dstrain.base.errors import CheckpointError, ConfigError
+from dstrain.base.protocols import IGNORED_LABEL, Corrupted
+from dstrain.base.world import World
+from dstrain.data.loader import (
+    LEDGER_MODULUS,
+    PackedLoader,
+    RowSource,
+    evaluation_batches,
+    make_micro_batch,
+    segment_positions,
+    split_evenly,
+    word_positions,
+)
+from dstrain.data.plan import Plan
+from dstrain.data.reader import ShardDataset
+from dstrain.data.row_index import rows_per_block
+from dstrain.data.shard_writer import ShardWriter
+
+VOCAB, PREFIX, SUFFIX = 200, 2, 3
+S = 32
+
+
+@pytest.fixture(scope="module")
+def documents():
+    """Lengths from 1 token to several rows; ids from 5 on."""
+    rng = np.random.default_rng(7)
+    return [rng.integers(5, VOCAB, size=int(n)).astype(np.uint16) for n in [1, 30, 31, 100, *rng.integers(2, 40, 90)]]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory, documents):
+    identity = {
+        "tokenizer_sha256": "0" * 64, "vocab_size": VOCAB, "dtype": "uint16", "frame_prefix": [PREFIX],
+        "frame_suffix": [SUFFIX], "special_ids": [0, 1, 2, 3, 4],
+    }  # fmt: skip
+    folder = tmp_path_factory.mktemp("dataset")
+    writer = ShardWriter(folder, identity=identity, block_tokens=256, shard_bytes=8192)
+    for document in documents:
+        writer.add(document)
+    writer.finish(provenance={})
+    return ShardDataset(folder)
+
+
+def corrupt(pieces):
+    """Hides a third of the tokens by their document and position; some pieces get none."""
+    targets = np.flatnonzero(((pieces.uid + pieces.position + pieces.epoch) % 3 == 0) & ~pieces.frame)
+    tokens = pieces.tokens.copy()
+    tokens[targets] = 4
+    return Corrupted(tokens=tokens, targets=targets, labels=pieces.tokens[targets])
+
+
+def source_of(dataset, *, cache_bytes=1 << 20, words=None):
+    return RowSource(dataset, sequence_length=S, word_starts=words, cache_bytes=cache_bytes)
+
+
+def rows_of(dataset):
+    return rows_per_block(
+        dataset, num_blocks=len(dataset.blocks), fingerprint="", sequence_length=S, frame_length=2, may_write=False
+    )
+
+
+def loader_of(dataset, *, rank=0, size=1, micro=4, global_batch=12, lanes=4, corrupt=corrupt, **plan):
+    settings = dict(seed=3, source="train", window_rows=8) | plan
+    return PackedLoader(
+        source_of(dataset),
+        Plan(rows_of(dataset), global_batch=global_batch, lanes=lanes, **settings),
+        corrupt,
+        corruption="thirds",
+        world=World(rank=rank, size=size),
+        micro_batch=micro,
+    )
+
+
+def segments(batch):
+    """The segments of a micro-batch, each with what is to be predicted in it."""
+    ends = np.cumsum(batch.lengths)
+    owner = np.searchsorted(ends, batch.targets.numpy(), side="right")
+    found = []
+    for number, (end, length) in enumerate(zip(ends.tolist(), batch.lengths)):
+        mine = (owner == number) & (batch.labels.numpy() != IGNORED_LABEL)
+        where = (batch.targets.numpy()[mine] - (end - length)).tolist()
+        found.append(
+            (tuple(batch.tokens[end - length : end].tolist()), tuple(where), tuple(batch.labels.numpy()[mine].tolist()))
+        )
+    return found
+
+
+def same(one, other):
+    """Whether two steps hold the same bytes."""
+    fields = [f.name for f in dataclasses.fields(one) if f.name != "micro_batches"]
+    if any(getattr(one, name) != getattr(other, name) for name in fields):
+        return False
+    if len(one.micro_batches) != len(other.micro_batches):
+        return False
+    for a, b in zip(one.micro_batches, other.micro_batches):
+        for field in dataclasses.fields(a):
+            x, y = getattr(a, field.name), getattr(b, field.name)
+            equal = torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+            if not equal:
+                return False
+    return True
+
+
+# --- what a step holds ---------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_shows_every_document_whole_and_once(dataset, documents):
+    loader = loader_of(dataset, global_batch=1, lanes=1, corrupt=untouched)
+    rows = int(rows_of(dataset).sum())
+    shown = Counter()
+    for step in range(rows):
+        for batch in loader.step(step).micro_batches:
+            for tokens, _, _ in segments(batch):
+                assert (tokens[0], tokens[-1]) == (PREFIX, SUFFIX)
+                shown[tokens[1:-1]] += 1
+    capacity = S - 2
+    expected = Counter(
+        tuple(document[start : start + capacity].tolist())
+        for document in documents
+        for start in range(0, len(document), capacity)
+    )
+    assert shown == expected
+    assert loader.steps_per_epoch == rows
+
+
+def untouched(pieces):
+    none = np.zeros(0, dtype=np.int64)
+    return Corrupted(tokens=pieces.tokens.copy(), targets=none, labels=none)
+
+
+def test_a_micro_batch_keeps_what_its_fields_promise(dataset):
+    data = loader_of(dataset).step(5)
+    assert data.num_rows == 12
+    assert data.padded_tokens == 12 * S
+    assert data.epoch == pytest.approx(6 * 12 / (rows_of(dataset).sum() // 4 * 4))
+    assert len(data.micro_batches) == 3
+    for batch in data.micro_batches:
+        assert list(batch.lengths) == sorted(batch.lengths, reverse=True)
+        assert sum(batch.lengths) == len(batch.tokens) == batch.num_tokens
+        assert batch.num_targets == len(batch.targets) == len(batch.labels)
+        assert batch.targets.diff().min() > 0
+        assert (batch.tokens[batch.targets] == 4).all()
+        assert batch.positions.tolist() == [i for length in batch.lengths for i in range(length)]
+        assert {t.dtype for t in (batch.tokens, batch.positions, batch.targets, batch.labels)} == {torch.int64}
+
+
+def test_asking_twice_and_out_of_order_gives_the_same_bytes(dataset):
+    loader = loader_of(dataset)
+    forward = [loader.step(step) for step in range(12)]
+    fresh = loader_of(dataset)
+    for step in (11, 3, 3, 0, 7):
+        assert same(fresh.step(step), forward[step])
+    assert not same(forward[3], forward[4])
+
+
+def test_a_tiny_cache_changes_nothing_and_stays_tiny(dataset):
+    plan = [(epoch, block, 0) for epoch in range(2) for block in (0, 3, 1, 3, 2, 0)]
+    large, small = source_of(dataset), source_of(dataset, cache_bytes=1)
+    for rows in (plan, plan[:3], plan[::-1]):
+        one, other = large.pieces(rows), small.pieces(rows)
+        assert one[1] == other[1]
+        np.testing.assert_array_equal(one[0].tokens, other[0].tokens)
+    assert len(small._cache) == 1
+
+
+def test_a_block_in_the_cache_is_not_read_again(dataset, monkeypatch):
+    reads = []
+    real = ShardDataset.read
+    monkeypatch.setattr(ShardDataset, "read", lambda self, block: (reads.append(block), real(self, block))[1])
+    source = source_of(dataset)
+    for _ in range(3):
+        source.pieces([(0, 0, 0), (0, 1, 0), (0, 0, 1)])
+    assert reads == [0, 1]
+
+
+def test_threads_may_share_a_loader(dataset):
+    expected = [loader_of(dataset).step(step) for step in range(16)]
+    loader = loader_of(dataset)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(loader.step, range(16)))
+    assert all(same(a, b) for a, b in zip(found, expected))
+
+
+# --- worlds --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 7, 12, 17])
+def test_ranks_together_train_on_what_one_rank_would(size, dataset):
+    for step in (0, 4, 9):
+        whole = loader_of(dataset).step(step)
+        parts = [loader_of(dataset, rank=rank, size=size).step(step) for rank in range(size)]
+        assert len({len(part.micro_batches) for part in parts}) == 1
+        assert sum(part.num_rows for part in parts) == whole.num_rows
+        assert sum(part.padded_tokens for part in parts) == whole.padded_tokens
+        assert sum(part.ledger for part in parts) % LEDGER_MODULUS == whole.ledger
+        expected = Counter(s for batch in whole.micro_batches for s in segments(batch))
+        real = [batch for part in parts for batch in part.micro_batches if batch.num_tokens]
+        assert Counter(s for batch in real for s in segments(batch)) == expected
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 12])
+def test_rows_keep_their_order_over_ranks_and_micro_batches(size, dataset):
+    # With one row a micro-batch nothing is reordered, so the joined sequence itself must be that of one rank.
+    whole = [segments(batch) for batch in loader_of(dataset, micro=1).step(2).micro_batches]
+    parts = [loader_of(dataset, rank=rank, size=size, micro=1).step(2) for rank in range(size)]
+    assert [segments(b) for part in parts for b in part.micro_batches if b.num_tokens] == whole
+
+
+def test_a_rank_without_rows_gets_fillers_that_weigh_nothing(dataset):
+    empty = loader_of(dataset, rank=0, size=20).step(0)
+    assert (empty.num_rows, empty.padded_tokens, empty.ledger) == (0, 0, 0)
+    [batch] = empty.micro_batches
+    assert (batch.num_targets, batch.num_tokens) == (0, 0)
+    assert batch.labels.tolist() == [IGNORED_LABEL]
+    assert batch.tokens.tolist() == [PREFIX, SUFFIX]
+    assert (batch.lengths, batch.positions.tolist(), batch.targets.tolist()) == ((2,), [0, 1], [0])
+
+
+def test_a_micro_batch_where_nothing_was_hidden_scores_one_ignored_token(dataset):
+    batch, digest = make_micro_batch(source_of(dataset), [(0, 0, 0)], untouched, step=0)
+    assert (batch.num_targets, batch.targets.tolist(), batch.labels.tolist()) == (0, [0], [IGNORED_LABEL])
+    assert batch.num_tokens > 0
+    assert digest != 0
+
+
+# --- the ledger ----------------------------------------------------------------------------------------------------
+
+
+def test_the_ledger_tells_rows_epochs_steps_and_masks_apart(dataset):
+    source = source_of(dataset)
+
+    def digest(rows, *, step=0, corruption=corrupt):
+        return make_micro_batch(source, rows, corruption, step=step)[1]
+
+    rows = [(0, 0, 0), (0, 1, 2)]
+    variants = [
+        digest(rows), digest(rows, step=1), digest([(0, 0, 0), (0, 1, 1)]), digest([(1, 0, 0), (0, 1, 2)]),
+        digest(rows, corruption=untouched), digest(rows[:1]), digest([*rows, rows[0]]),
+    ]  # fmt: skip
+    assert len(set(variants)) == len(variants)
+    assert all(0 <= value < LEDGER_MODULUS for value in variants)
+    assert digest(rows) == digest(rows[::-1]) == (digest(rows[:1]) + digest(rows[1:])) % LEDGER_MODULUS
+
+
+# --- words ---------------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=8), min_size=1, max_size=6), st.sets(st.integers(0, 9))
+)
+def test_word_positions_are_those_of_a_plain_walk(documents, starters):
+    table = np.array([token in starters for token in range(10)])
+    expected = []
+    for document in documents:
+        for position, token in enumerate(document):
+            expected.append(position if position == 0 or token in starters else expected[-1])
+    begins = np.cumsum([0, *(len(document) for document in documents[:-1])])
+    tokens = np.array([token for document in documents for token in document], dtype=np.uint16)
+    before = table.copy()
+    assert word_positions(tokens, begins, table).tolist() == expected
+    np.testing.assert_array_equal(table, before)
+
+
+def test_pieces_carry_document_position_and_word(dataset, documents):
+    words = np.zeros(VOCAB, dtype=np.bool_)
+    words[::3] = True
+    long = next(i for i, document in enumerate(documents) if len(document) == 100)  # in block 0, cut into four
+    pieces, lengths = source_of(dataset, words=words).pieces([(5, 0, row) for row in range(int(rows_of(dataset)[0]))])
+    assert (pieces.epoch == 5).all()
+    assert pieces.frame.sum() == 2 * len(lengths)
+    mine = (pieces.uid == long) & ~pieces.frame
+    order = np.argsort(pieces.position[mine])
+    np.testing.assert_array_equal(pieces.position[mine][order], np.arange(100))
+    np.testing.assert_array_equal(pieces.tokens[mine][order], documents[long])
+    walk = [0]
+    for position in range(1, 100):
+        walk.append(position if documents[long][position] % 3 == 0 else walk[-1])
+    assert pieces.word[mine][order].tolist() == walk
+    assert source_of(dataset).pieces([(0, 0, 0)])[0].word is None
+
+
+def test_documents_of_different_blocks_never_share_an_identity(dataset):
+    counts = rows_of(dataset)
+    rows = [(0, block, row) for block in range(len(counts)) for row in range(int(counts[block]))]
+    pieces, _ = source_of(dataset).pieces(rows)
+    assert len(set(pieces.uid.tolist())) == dataset.manifest.num_documents
+    inner = ~pieces.frame
+    places = set(zip(pieces.uid[inner].tolist(), pieces.position[inner].tolist()))
+    assert len(places) == dataset.manifest.num_tokens
+
+
+# --- evaluation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_rows", [None, 1, 10, 10_000])
+def test_an_evaluation_is_the_same_at_every_world_size(max_rows, dataset):
+    def share(rank, size):
+        world = World(rank=rank, size=size)
+        settings = dict(world=world, micro_batch=4, max_rows=max_rows)
+        return evaluation_batches(source_of(dataset), rows_of(dataset), corrupt, **settings)
+
+    alone = share(0, 1)
+    expected = Counter(s for batch in alone for s in segments(batch))
+    for size in (2, 3, 8, 25):
+        shares = [share(rank, size) for rank in range(size)]
+        assert len({len(batches) for batches in shares}) == 1
+        batches = [batch for batches in shares for batch in batches]
+        assert sum(b.num_targets for b in batches) == sum(b.num_targets for b in alone)
+        assert Counter(s for b in batches if b.num_tokens for s in segments(b)) == expected
+
+
+def test_a_short_evaluation_is_spread_over_the_whole_split(dataset):
+    settings = dict(world=World(), micro_batch=100, max_rows=10)
+    [batch] = evaluation_batches(source_of(dataset), rows_of(dataset), corrupt, **settings)
+    counts = rows_of(dataset)
+    ends = np.cumsum(counts)
+    rows = [int(i * ends[-1] // 10) for i in range(10)]
+    blocks = [int(np.searchsorted(ends, row, side="right")) for row in rows]
+    expected = [(0, block, row - int(ends[block] - counts[block])) for row, block in zip(rows, blocks)]
+    assert len(set(blocks)) > 5
+    assert segments(batch) == segments(make_micro_batch(source_of(dataset), expected, corrupt, step=0)[0])
+
+
+# --- state ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_state_of_the_same_run_is_accepted_on_other_ranks(dataset):
+    state = json.loads(json.dumps(loader_of(dataset).state_dict()))
+    loader_of(dataset, rank=2, size=3, micro=1).check_state(state)
+    assert len(json.dumps(state)) < 1024
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "then", "now"),
+    [
+        ({"seed": 4}, "seed", "3", "4"),
+        ({"global_batch": 8}, "global_batch", "12", "8"),
+        ({"lanes": 2}, "lanes", "4", "2"),
+        ({"window_rows": 9}, "window_rows", "8", "9"),
+        ({"source": "books"}, "source", "'train'", "'books'"),
+    ],
+)
+def test_another_order_is_refused_with_the_value_then_and_now(change, key, then, now, dataset):
+    state = loader_of(dataset).state_dict()
+    with pytest.raises(CheckpointError, match=f"{key}: {then} in the checkpoint, {now} now") as caught:
+        loader_of(dataset, **change).check_state(state)
+    assert str(caught.value).count("in the checkpoint") == 1
+
+
+@pytest.mark.parametrize(
+    "key", ["fingerprint", "sequence_length", "corruption", "order_version", "plan_version", "packer_version", "kind"]
+)
+def test_every_key_of_the_state_is_compared(key, dataset):
+    loader = loader_of(dataset)
+    with pytest.raises(CheckpointError, match=f"{key}: 'other' in the checkpoint"):
+        loader.check_state(loader.state_dict() | {key: "other"})
+    missing = {name: value for name, value in loader.state_dict().items() if name != key}
+    with pytest.raises(CheckpointError, match=f"{key}: None in the checkpoint"):
+        loader.check_state(missing)
+
+
+def test_a_row_too_short_for_the_frame_is_refused(dataset):
+    with pytest.raises(ConfigError, match=r"data\.sequence_length: 2"):
+        RowSource(dataset, sequence_length=2, word_starts=None, cache_bytes=1).pieces([(0, 0, 0)])
+
+
+# --- small parts ---------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(), max_size=50), st.integers(1, 20))
+def test_an_even_split_loses_nothing_and_differs_by_at_most_one(rows, parts):
+    split = split_evenly(rows, parts)
+    assert [row for part in split for row in part] == rows
+    assert len(split) == parts
+    assert max(map(len, split)) - min(map(len, split)) <= 1
+
+
+@given(st.lists(st.integers(1, 9), max_size=8))
+def test_positions_restart_at_each_segment(lengths):
+    assert segment_positions(lengths).tolist() == [i for length in lengths for i in range(length)]
