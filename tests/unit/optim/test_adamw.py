@@ -1,0 +1,156 @@
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from dstrain.optim.adamw import GuardedAdamW, OptimizerConfig, build_adamw, parameter_groups
+
+
+def tiny_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(7, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+
+
+def optimizer_for(model, *, guarded, **settings):
+    config = OptimizerConfig(**settings)
+    groups = parameter_groups(model.named_parameters(), weight_decay=config.weight_decay)
+    optimizer = build_adamw(config, groups, guarded=guarded)
+    for group in optimizer.param_groups:
+        group["lr"] = config.learning_rate
+    return optimizer
+
+
+def set_gradients(model, *, scale=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator) * scale
+
+
+def snapshot(model, optimizer):
+    """Every byte a step may touch."""
+    tensors = [p.detach().clone() for p in model.parameters()]
+    for state in optimizer.state_dict()["state"].values():
+        tensors += [value.clone() for value in state.values()]
+    return tensors
+
+
+def bitwise_equal(one, other):
+    return len(one) == len(other) and all(
+        torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8)) for a, b in zip(one, other)
+    )
+
+
+# --- groups --------------------------------------------------------------------------------------------------------
+
+
+def test_matrices_and_embeddings_decay_and_biases_and_norms_do_not():
+    model = tiny_model()
+    decayed, plain = parameter_groups(model.named_parameters(), weight_decay=0.1)
+    assert [id(p) for p in decayed["params"]] == [id(model[0].weight), id(model[2].weight)]
+    assert [id(p) for p in plain["params"]] == [id(p) for p in (model[1].weight, model[1].bias, model[2].bias)]
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+
+
+def test_frozen_parameters_are_in_no_group_and_empty_groups_are_left_out():
+    model = tiny_model()
+    model[0].weight.requires_grad_(False)
+    model[2].weight.requires_grad_(False)
+    [plain] = parameter_groups(model.named_parameters(), weight_decay=0.1)
+    assert plain["weight_decay"] == 0.0
+    assert len(plain["params"]) == 3
+
+
+def test_the_configuration_reaches_the_optimizer_with_a_rate_of_zero():
+    config = OptimizerConfig(betas=(0.8, 0.9), eps=1e-3, weight_decay=0.3)
+    for guarded in (True, False):
+        groups = parameter_groups(tiny_model().named_parameters(), weight_decay=config.weight_decay)
+        optimizer = build_adamw(config, groups, guarded=guarded)
+        assert isinstance(optimizer, GuardedAdamW) is guarded
+        assert {group["lr"] for group in optimizer.param_groups} == {0.0}
+        assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.9)}
+        assert {group["eps"] for group in optimizer.param_groups} == {1e-3}
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+
+
+# --- the guarded form ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("clip_norm", "scale"), [(1.0, 5.0), (1.0, 1e-3), (0.0, 5.0), (0.25, 1.0)])
+def test_guarded_steps_are_torchs_own_after_clip_grad_norm(clip_norm, scale):
+    one, other = tiny_model(), tiny_model()
+    guarded = optimizer_for(one, guarded=True, clip_norm=clip_norm)
+    reference = optimizer_for(other, guarded=False)
+    for step in range(4):
+        set_gradients(one, scale=scale, seed=step)
+        set_gradients(other, scale=scale, seed=step)
+        norm = nn.utils.clip_grad_norm_(other.parameters(), clip_norm if clip_norm > 0 else math.inf)
+        guarded.step()
+        reference.step()
+        assert guarded._global_grad_norm == norm.item()
+        assert guarded.overflow is False
+    assert bitwise_equal(snapshot(one, guarded), snapshot(other, reference))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, -1])
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_touches_nothing_and_is_reported(bad, place, clip_norm):
+    model = tiny_model()
+    optimizer = optimizer_for(model, guarded=True, clip_norm=clip_norm)
+    set_gradients(model)
+    optimizer.step()
+    before = snapshot(model, optimizer)
+    set_gradients(model, seed=1)
+    list(model.parameters())[place].grad.view(-1)[0] = bad
+    optimizer.step()
+    assert optimizer.overflow is True
+    assert not math.isfinite(optimizer._global_grad_norm)
+    assert bitwise_equal(snapshot(model, optimizer), before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_gradients_too_large_for_their_norm_are_an_overflow_too():
+    model = tiny_model()
+    optimizer = optimizer_for(model, guarded=True)
+    before = [p.detach().clone() for p in model.parameters()]
+    set_gradients(model, scale=1e30)  # finite, but their squares are not
+    optimizer.step()
+    assert optimizer.overflow is True
+    assert bitwise_equal([p.detach() for p in model.parameters()], before)
+
+
+def test_training_goes_on_after_a_skipped_step_as_if_it_had_not_been():
+    one, other = tiny_model(), tiny_model()
+    skipping, straight = (optimizer_for(model, guarded=True) for model in (one, other))
+    for seed in (0, 1, 2):
+        if seed == 1:
+            set_gradients(one, scale=math.nan)
+            skipping.step()
+        for model, optimizer in ((one, skipping), (other, straight)):
+            set_gradients(model, seed=seed)
+            optimizer.step()
+    assert skipping.overflow is False
+    assert bitwise_equal(snapshot(one, skipping), snapshot(other, straight))
+
+
+def test_parameters_without_gradient_are_left_alone():
+    model = tiny_model()
+    optimizer = optimizer_for(model, guarded=True)
+    set_gradients(model)
+    model[0].weight.grad = None
+    before = model[0].weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(model[0].weight, before)
+    assert optimizer.overflow is False
+
+
+def test_the_state_is_that_of_plain_adamw():
+    model, other = tiny_model(), tiny_model()
+    guarded, plain = optimizer_for(model, guarded=True), optimizer_for(other, guarded=False)
+    set_gradients(model)
+    guarded.step()
+    plain.load_state_dict(copy.deepcopy(guarded.state_dict()))
+    assert plain.state_dict()["state"].keys() == guarded.state_dict()["state"].keys()
+    assert set(guarded.state_dict()["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
