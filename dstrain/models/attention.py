@@ -76,20 +76,21 @@ def segment_attention(
     kernel = _varlen_kernel() if layout.varlen and dropout == 0.0 else None
     if kernel is not None:
         return kernel(query, key, value, layout, scale, window)
-    outputs, at = [], 0
-    for length, count in layout.groups:
-        end = at + length * count
-        q, k, v = (_batched(x, at, end, count, length) for x in (query, key, value))
+    outputs = []
+    # One split, not slices: its backward is one concatenation, where each slice would fill a whole gradient with zeros.
+    sizes = [length * count for length, count in layout.groups]
+    parts = zip(*(torch.split(x[0], sizes, dim=1) for x in (query, key, value)))
+    for (length, count), (q, k, v) in zip(layout.groups, parts):
+        q, k, v = (_batched(x, count, length) for x in (q, k, v))
         band = _band(length, window, query.device) if window is not None and window < length - 1 else None
         out = functional.scaled_dot_product_attention(q, k, v, attn_mask=band, dropout_p=dropout, scale=scale)
         outputs.append(out.transpose(1, 2).reshape(count * length, *out.shape[1::2]))
-        at = end
     return torch.cat(outputs).unsqueeze(0) if len(outputs) > 1 else outputs[0].unsqueeze(0)
 
 
-def _batched(x: Tensor, at: int, end: int, count: int, length: int) -> Tensor:
-    """(1, h, T, d)[at:end] as (count, h, length, d), a view."""
-    return x[0, :, at:end].view(x.shape[1], count, length, x.shape[3]).transpose(0, 1)
+def _batched(x: Tensor, count: int, length: int) -> Tensor:
+    """(h, count·length, d) as (count, h, length, d), a view."""
+    return x.view(x.shape[0], count, length, x.shape[2]).transpose(0, 1)
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:
