@@ -60,7 +60,7 @@ class RunLease:
             if owner is None:
                 continue
             if not _is_dead(owner):
-                age = time.time() - float(owner.get("heartbeat", 0))
+                age = time.time() - owner["heartbeat"]
                 job = f", job {owner['job']}" if owner.get("job") else ""
                 raise RunInUseError(
                     f"{self._path.parent}: in use by process {owner.get('pid')} on {owner.get('host')}{job} "
@@ -108,22 +108,21 @@ class RunLease:
         grave = self._path.with_name(f".{FILE_NAME}.dead-{uuid.uuid4().hex[:8]}")
         try:
             os.rename(self._path, grave)
-            found = json.loads(grave.read_bytes())
+            found = _parse(grave.read_bytes())
             if found.get("nonce") != owner.get("nonce"):  # somebody was faster: give it back
                 os.link(grave, self._path)
-        except (OSError, ValueError):
+        except OSError:
             pass
         finally:
             grave.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            owner = json.loads(self._path.read_bytes())
+            return _parse(self._path.read_bytes())
         except FileNotFoundError:
             return None
-        except (OSError, ValueError):
+        except OSError:
             return _UNREADABLE
-        return owner if isinstance(owner, dict) else _UNREADABLE
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_S):
@@ -135,12 +134,21 @@ class RunLease:
                 _LOG.warning("heartbeat not written: %s", error)
 
 
+def _parse(data: bytes) -> dict[str, Any]:
+    try:
+        owner = json.loads(data)
+        numbers = {name: float(owner.get(name, 0)) for name in ("heartbeat", "process_started")}
+        return {**owner, **numbers, "pid": int(owner.get("pid", 0))}
+    except (ValueError, TypeError, AttributeError):
+        return _UNREADABLE
+
+
 def _is_dead(owner: dict[str, Any]) -> bool:
     if owner.get("host") == socket.gethostname():
         try:
-            process = psutil.Process(int(owner.get("pid", 0)))
-            same = abs(process.create_time() - float(owner.get("process_started", 0))) < 1.0
+            process = psutil.Process(owner["pid"])
+            same = abs(process.create_time() - owner["process_started"]) < 1.0
             return not same or process.status() == psutil.STATUS_ZOMBIE
         except (psutil.NoSuchProcess, ValueError):
             return True
-    return time.time() - float(owner.get("heartbeat", 0)) > SILENT_AFTER_S
+    return bool(time.time() - owner["heartbeat"] > SILENT_AFTER_S)
