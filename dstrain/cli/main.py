@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from dstrain.base.errors import DstrainError, ExitCode, PeerError
+from dstrain.base.errors import DstrainError, PeerError
 from dstrain.cli import demo, export, shards, tokenizer, training
 
 _EPILOG = """
@@ -54,8 +54,7 @@ def guarded(action: Callable[[], int]) -> int:
     except PeerError as error:
         return int(error.exit_code)  # the rank that failed speaks
     except DstrainError as error:
-        if _is_speaker() or error.exit_code != ExitCode.BAD_INPUT:
-            print(f"dstrain: error: {error}", file=sys.stderr, flush=True)
+        print(f"dstrain: error: {error}", file=sys.stderr, flush=True)
         return int(error.exit_code)
     except KeyboardInterrupt:
         print("dstrain: interrupted", file=sys.stderr, flush=True)
@@ -63,11 +62,6 @@ def guarded(action: Callable[[], int]) -> int:
     except BrokenPipeError:  # the reader of our output (`| head`) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-
-
-def _is_speaker() -> bool:
-    """Every rank reads the same configuration and finds the same fault in it: rank 0 says so, once."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0" or "DSTRAIN_ALL_RANKS_SPEAK" in os.environ
 
 
 def entry() -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dstrain.base.config import Config, load_config, merge, parse_overrides, read_yaml, validate
-from dstrain.base.errors import ConfigError
+from dstrain.base.errors import ConfigError, DstrainError, PeerError
+from dstrain.base.world import World
+
+ResultT = TypeVar("ResultT")
 
 _STAGES = {
     "pretrain": (
@@ -90,8 +94,7 @@ def _run_stage(args: argparse.Namespace) -> int:
 
     world = world_from_environment(local_rank=args.local_rank)
     configure_logs(world)
-    path, overrides = _split_items(args)
-    config = load_stage_config(args.stage, path, overrides, overlay=args.deepspeed_config)
+    config = _said_once(world, lambda: _stage_config(args))
     _prepare(config)
     if args.stage == "pretrain":
         from dstrain.stages.pretrain import pretrain
@@ -108,13 +111,7 @@ def _run_evaluate(args: argparse.Namespace) -> int:
 
     world = world_from_environment(local_rank=args.local_rank)
     configure_logs(world)
-    overrides = list(args.overrides)
-    folder = args.run_option or args.run_folder
-    if args.run_option is not None and args.run_folder is not None:
-        overrides.insert(0, str(args.run_folder))
-    if folder is None:
-        raise ConfigError("give the run folder, for example: dstrain evaluate runs/bert-base")
-    stage, config = load_run_config(folder, overrides)
+    stage, config = _said_once(world, lambda: _evaluated_run(args))
     _prepare(config)
     from dstrain.stages.evaluate import evaluate
 
@@ -122,6 +119,31 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     if world.is_first:
         print(json.dumps(metrics, indent=1))
     return 0
+
+
+def _said_once(world: World, read: Callable[[], ResultT]) -> ResultT:
+    """Read the configuration; all ranks find the same fault in it before they are joined, and rank 0 says it."""
+    try:
+        return read()
+    except DstrainError as error:
+        if world.is_first:
+            raise
+        raise PeerError(str(error), exit_code=error.exit_code) from None
+
+
+def _stage_config(args: argparse.Namespace) -> Any:
+    path, overrides = _split_items(args)
+    return load_stage_config(args.stage, path, overrides, overlay=args.deepspeed_config)
+
+
+def _evaluated_run(args: argparse.Namespace) -> tuple[str, Any]:
+    overrides = list(args.overrides)
+    folder = args.run_option or args.run_folder
+    if args.run_option is not None and args.run_folder is not None:
+        overrides.insert(0, str(args.run_folder))
+    if folder is None:
+        raise ConfigError("give the run folder, for example: dstrain evaluate runs/bert-base")
+    return load_run_config(folder, overrides)
 
 
 def load_stage_config(stage: str, path: Path, overrides: list[str], *, overlay: Path | None = None) -> Any:

@@ -22,7 +22,7 @@ from torch import Tensor, distributed, nn
 
 from dstrain.base.control import ControlPlane
 from dstrain.base.device import Precision
-from dstrain.base.errors import ConfigError, MachineError
+from dstrain.base.errors import ConfigError, DstrainError, MachineError
 from dstrain.base.logs import get_logger
 from dstrain.base.protocols import LossParts, MicroBatch, Objective, StepData
 from dstrain.base.seeds import derive
@@ -64,6 +64,7 @@ class StepTotals:
     num_rows: int
     padded_tokens: int
     ledger: int
+    epoch: float
     stop_requested: bool
     forward_backward_s: float
     step_s: float
@@ -160,17 +161,25 @@ class Engine:
         module: nn.Module = self.engine.module.model
         return module
 
-    def train_step(self, data: StepData, *, step: int, learning_rate: float, stop_requested: bool) -> StepTotals:
+    def train_step(
+        self, data: StepData | DstrainError, *, step: int, learning_rate: float, stop_requested: bool
+    ) -> StepTotals:
         """Collective. One optimizer step.
 
         Args:
-            data: this rank's micro-batches; the same number on every rank.
+            data: this rank's micro-batches, the same number on every rank; or why this rank has none, which all ranks
+                learn in the same agreement, so that none is left waiting in a collective.
             step: steps done before this one; keys dropout.
             learning_rate: of this step.
             stop_requested: this rank was asked to stop; all ranks learn of it.
+
+        Raises:
+            DstrainError: this rank's data fault; PeerError where another rank had one.
         """
         started = time.perf_counter()
         counts = self._agree(data, stop_requested)
+        if isinstance(data, DstrainError):  # _agree has raised it already
+            raise data
         scale = self.control.world.size / max(1, counts.num_targets)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -201,6 +210,7 @@ class Engine:
             num_rows=counts.num_rows,
             padded_tokens=counts.padded_tokens,
             ledger=counts.ledger,
+            epoch=data.epoch,
             stop_requested=counts.stop,
             forward_backward_s=backward_done - started,
             step_s=time.perf_counter() - backward_done,
@@ -229,7 +239,10 @@ class Engine:
         finally:
             self.engine.train()
 
-    def _agree(self, data: StepData, stop_requested: bool) -> _Counts:
+    def _agree(self, data: StepData | DstrainError, stop_requested: bool) -> _Counts:
+        fault = data if isinstance(data, DstrainError) else None
+        if isinstance(data, DstrainError):
+            data = StepData((), num_rows=0, padded_tokens=0, ledger=0, epoch=0.0)
         local = (
             sum(b.num_targets for b in data.micro_batches),
             sum(b.num_tokens for b in data.micro_batches),
@@ -238,9 +251,17 @@ class Engine:
             data.ledger & 0xFFFFFFFF,
             data.ledger >> 32,
             int(stop_requested),
+            int(fault is not None),
         )
-        targets, tokens, rows, padded, low, high, stop = self.control.sum(local)
+        targets, tokens, rows, padded, low, high, stop, faults = self.control.sum(local)
+        if faults:
+            self.control.together(lambda: _raise(fault))
         return _Counts(targets, tokens, rows, padded, (low + (high << 32)) % (1 << 63), stop > 0)
+
+
+def _raise(fault: DstrainError | None) -> None:
+    if fault is not None:
+        raise fault
 
 
 @dataclass(frozen=True)

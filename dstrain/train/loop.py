@@ -7,12 +7,12 @@ use values that are the same on every rank. Knows no objective, no file format a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TypeVar
 
-from dstrain.base.errors import NoProgressError
+from dstrain.base.errors import DstrainError, NoProgressError
 from dstrain.base.protocols import Observer, RunState, StepData, StepReport
 from dstrain.data.loader import LEDGER_MODULUS
 from dstrain.train.engine import Engine, StepTotals
@@ -95,7 +95,7 @@ def train(
     """
     skipped_in_row = 0
     clock = time.perf_counter()
-    for step, data in steps:
+    for step, data in _with_faults(steps, state.step):
         waited = time.perf_counter() - clock
         rate = learning_rate(step)
         totals = engine.train_step(data, step=step, learning_rate=rate, stop_requested=stop_requested())
@@ -105,7 +105,7 @@ def train(
         total = now - clock + seconds.get("save", 0.0) + seconds.get("evaluate", 0.0)
         seconds |= {"total": total, "other": max(0.0, total - sum(seconds.values()))}
         clock = now
-        report = _report(step + 1, totals, rate, data.epoch, seconds)
+        report = _report(step + 1, totals, rate, seconds)
         advance(state, report)
         for observer in observers:
             observer.on_step(state, report)
@@ -133,6 +133,19 @@ def advance(state: RunState, report: StepReport) -> None:
     state.compute_seconds += report.seconds.get("total", 0.0)
 
 
+def _with_faults(
+    steps: Iterable[tuple[int, StepData]], first_step: int
+) -> Iterator[tuple[int, StepData | DstrainError]]:
+    """The steps; a rank's data fault is handed on like data, so that the ranks can agree on it."""
+    step = first_step
+    try:
+        for step, data in steps:
+            yield step, data
+            step += 1
+    except DstrainError as error:
+        yield step, error
+
+
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
@@ -143,7 +156,7 @@ def _leave(ending: Ending, state: RunState, observers: Sequence[Observer]) -> En
     return ending
 
 
-def _report(step: int, totals: StepTotals, rate: float, epoch: float, seconds: Mapping[str, float]) -> StepReport:
+def _report(step: int, totals: StepTotals, rate: float, seconds: Mapping[str, float]) -> StepReport:
     return StepReport(
         step=step,
         loss=totals.loss,
@@ -156,6 +169,6 @@ def _report(step: int, totals: StepTotals, rate: float, epoch: float, seconds: M
         num_rows=totals.num_rows,
         padded_tokens=totals.padded_tokens,
         ledger=totals.ledger,
-        epoch=epoch,
+        epoch=totals.epoch,
         seconds=seconds,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from dstrain.base.config import Config
@@ -18,7 +20,7 @@ class LoopConfig(Config):
     """Steps between evaluations; there is one at the end in any case."""
     evaluate_rows: int | None = Field(default=1024, ge=1)
     """Held-out rows of an evaluation; None takes all."""
-    resume: str = Field(default="auto", pattern="^(auto|require|never)$")
+    resume: Literal["auto", "require", "never"] = "auto"
     """auto goes on from the newest valid checkpoint if there is one; require fails without one; never refuses to
     start in a folder that has one."""
     skipped_steps_limit: int = Field(default=25, ge=1)
