@@ -74,12 +74,11 @@ class EngineState:
                 for parameter, master in zip(group, masters):
                     parameter.copy_(master)
         elif self._stage == 3:
-            for parameter in self._parameters.values():
-                master = deepspeed.utils.safe_get_local_fp32_param(parameter)
-                deepspeed.utils.safe_set_local_fp32_param(parameter, master.clone())
-            persistent = getattr(self._outer, "persistent_parameters", [])
-            if len(persistent) > 0:
-                persistent[0].all_gather(persistent)
+            # Gathered copies are stale: give them back, copy masters into the partitions as a step does, gather again.
+            self._outer.checkpoint_event_prologue()
+            for group in range(len(self._outer.fp32_partitioned_groups_flat)):
+                self._outer._reassign_or_swap_out_partitioned_parameters(group)
+            self._outer.checkpoint_event_epilogue()
         else:
             self._outer.update_lp_params()
 
@@ -182,8 +181,11 @@ class EngineState:
         needs = {
             1: ("update_lp_params", "_lazy_init_hp_params_optimizer_state"),
             2: ("update_lp_params", "_lazy_init_hp_params_optimizer_state"),
-            3: ("fp32_partitioned_groups_flat", "get_local_fp32_param", "set_local_hp_param"),
-        }
+            3: (
+                "fp32_partitioned_groups_flat", "get_local_fp32_param", "checkpoint_event_prologue",
+                "checkpoint_event_epilogue", "_reassign_or_swap_out_partitioned_parameters",
+            ),
+        }  # fmt: skip
         missing = [name for name in needs.get(self._stage, ()) if not hasattr(self._outer, name)]
         if self._stage in (1, 2):
             missing += (

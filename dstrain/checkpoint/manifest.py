@@ -28,6 +28,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 STATES = (MASTER, *MOMENTS)
 
 _MAX_ELEMENTS = 1 << 40
+_ELEMENT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -144,9 +145,14 @@ def read_manifest(folder: Path) -> CheckpointManifest:
 def check_coverage(manifest: CheckpointManifest, path: Path) -> None:
     """Raise CheckpointError unless every element of every state of every parameter is stored exactly once."""
     spans: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    for entry in manifest.files.values():
+    for file, entry in manifest.files.items():
         for name, state, offset, count in entry.fragments:
             spans.setdefault((name, state), []).append((offset, offset + count))
+        claimed = _ELEMENT_BYTES * sum(count for *_, count in entry.fragments)
+        if (
+            claimed > entry.size_bytes
+        ):  # sizes are compared with the disk, so nobody allocates what a hostile file claims
+            raise CheckpointError(f"{path}: {file}: {claimed} bytes of fragments in {entry.size_bytes} bytes")
     for name, shape in manifest.parameters.items():
         for state in manifest.states:
             at = 0

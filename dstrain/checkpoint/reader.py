@@ -163,6 +163,8 @@ def newest_valid(folder: Path, *, at_step: int | None = None) -> Found:
             continue
         try:
             checkpoint = Checkpoint(path)
+            if checkpoint.manifest.step != step:
+                raise CheckpointError(f"{path}: holds step {checkpoint.manifest.step}; give the folder back its name")
             checkpoint.verify()
         except CheckpointError as error:
             damaged.append((path, str(error)))

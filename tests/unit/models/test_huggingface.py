@@ -146,7 +146,7 @@ def test_positions_restart_so_that_permuted_documents_give_permuted_logits(famil
 @families
 def test_a_few_steps_through_the_engine_learn_a_fixed_batch(family: str, control: ControlPlane) -> None:
     engine = Engine(
-        tiny_model(family, initializer_range=0.02), MlmObjective(), config=EngineConfig(zero_stage=1),
+        tiny_model(family, initializer_range=0.02), MlmObjective(), config=EngineConfig(zero_stage=1, bucket_elements=10_000),
         optimizer=OptimizerConfig(), control=control, device="cpu", precision="fp32", micro_batch=6, accumulation=1, seed=0,
     )  # fmt: skip
     data = step_data([packed(documents(), targets=torch.arange(0, sum(LENGTHS), 4))])
