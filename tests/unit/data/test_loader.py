@@ -253,6 +253,14 @@ def test_the_ledger_tells_rows_epochs_steps_and_masks_apart(dataset):
     assert digest(rows) == digest(rows[::-1]) == (digest(rows[:1]) + digest(rows[1:])) % LEDGER_MODULUS
 
 
+def test_a_steps_ledger_is_the_sum_over_its_micro_batches(dataset):
+    loader, plan = loader_of(dataset), loader_of(dataset)._plan
+    planned = plan.slots(4, 0, 12)
+    rows = list(zip(planned.epoch.tolist(), planned.block.tolist(), planned.row.tolist()))
+    expected = make_micro_batch(source_of(dataset), rows, corrupt, step=4)[1]
+    assert loader.step(4).ledger == expected != 0
+
+
 # --- words ---------------------------------------------------------------------------------------------------------
 
 

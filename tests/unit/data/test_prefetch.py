@@ -1,4 +1,5 @@
 import threading
+import time
 from itertools import islice
 
 import pytest
@@ -77,8 +78,13 @@ def test_a_fault_comes_after_the_steps_before_it_and_stays(depth):
 
 @pytest.mark.parametrize("depth", [1, 4])
 def test_leaving_early_stops_the_thread_even_when_the_queue_is_full(depth):
-    with Prefetcher(Steps(), first_step=0, last_step=10**9, depth=depth) as steps:
+    loader = Steps()
+    with Prefetcher(loader, first_step=0, last_step=10**9, depth=depth) as steps:
         next(iter(steps))
+        deadline = time.monotonic() + 30
+        while len(loader.made) < 1 + depth + 1 and time.monotonic() < deadline:  # one taken, the queue, one in hand
+            time.sleep(0.001)
+        assert len(loader.made) == 1 + depth + 1
         assert _threads()
     assert not _threads()
 
