@@ -18,6 +18,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from pydantic import ValidationError
 from torch import Tensor, distributed, nn
 
 from dstrain.base.control import ControlPlane
@@ -152,7 +153,7 @@ class Engine:
         self._peak_groups = len(groups)
         try:
             self.engine, _, _, _ = deepspeed.initialize(model=module, optimizer=client, config=self.ds_config)
-        except deepspeed.runtime.config.DeepSpeedConfigError as error:
+        except (deepspeed.runtime.config.DeepSpeedConfigError, ValidationError) as error:
             raise ConfigError(f"deepspeed: refused by DeepSpeed {deepspeed.__version__}: {error}") from None
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -14,6 +15,7 @@ from dstrain.base.world import World, free_port
 def _processes() -> ControlPlane:
     from dstrain.train.engine import start_processes
 
+    gc.freeze()  # DeepSpeed collects six times for each bf16 engine; what is imported by now need not be walked again
     before = dict(os.environ)
     try:
         return start_processes(World(master_port=free_port()), device="cpu", timeout_s=60)

@@ -1,0 +1,221 @@
+"""The loop with an engine made of numbers: order at the boundary, stop, skips, counters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from dstrain.base.errors import DataError, NoProgressError
+from dstrain.base.protocols import RunState, StepData, StepReport
+from dstrain.data.loader import LEDGER_MODULUS
+from dstrain.train.engine import StepTotals
+from dstrain.train.loop import Boundary, Ending, advance, train
+
+
+class FakeEngine:
+    """Answers with totals made of the step's number; skips the steps it is told to."""
+
+    def __init__(self, *, skip: Callable[[int], bool] = lambda step: False, precision: str = "bf16") -> None:
+        self.skip, self.precision = skip, precision
+        self.asked: list[tuple[int, float, bool]] = []
+
+    def train_step(self, data: StepData, *, step: int, learning_rate: float, stop_requested: bool) -> StepTotals:
+        self.asked.append((step, learning_rate, stop_requested))
+        return StepTotals(
+            loss=1.0, accuracy=0.5, gradient_norm=1.0, applied=not self.skip(step), num_targets=3, num_tokens=10 + step,
+            num_rows=4, padded_tokens=16, ledger=LEDGER_MODULUS // 2 + step, stop_requested=stop_requested,
+            forward_backward_s=0.0, step_s=0.0, epoch=data.epoch,
+        )  # fmt: skip
+
+
+class Witness:
+    def __init__(self, log: list[Any]) -> None:
+        self.log = log
+
+    def on_step(self, state: RunState, report: StepReport) -> None:
+        self.log.append(("step", report.step))
+
+    def on_end(self, state: RunState) -> None:
+        self.log.append(("end", state.step))
+
+
+def run(
+    engine: FakeEngine, *, max_steps: int = 6, first: int = 0, stop_at: int | None = None, skipped_limit: int = 3,
+    log: list[Any] | None = None, **boundary: Any,
+) -> tuple[Ending, RunState]:  # fmt: skip
+    state = RunState(step=first)
+    ending = train(
+        engine=engine,  # type: ignore[arg-type]
+        steps=((n, StepData([], 4, 16, 0, 0.5)) for n in range(first, max_steps)),
+        state=state,
+        max_steps=max_steps,
+        learning_rate=lambda step: step / 10,
+        observers=[Witness(log if log is not None else [])],
+        boundary=Boundary(**boundary),
+        stop_requested=lambda: stop_at is not None and len(engine.asked) + first >= stop_at,
+        skipped_limit=skipped_limit,
+    )
+    return ending, state
+
+
+def actions(log: list[Any], *, best: Callable[[int], bool] = lambda step: False) -> dict[str, Any]:
+    def evaluate(step: int) -> bool:
+        log.append(("evaluate", step))
+        return best(step)
+
+    return {"evaluate": evaluate, "save": lambda step: log.append(("save", step))}
+
+
+def test_each_step_gets_its_own_rate_and_the_loop_ends_complete() -> None:
+    engine = FakeEngine()
+    ending, state = run(engine, max_steps=3)
+    assert (ending, state.step) == (Ending.COMPLETE, 3)
+    assert engine.asked == [(0, 0.0, False), (1, 0.1, False), (2, 0.2, False)]
+
+
+def test_a_resumed_run_goes_on_from_its_step() -> None:
+    engine = FakeEngine()
+    _, state = run(engine, first=4, max_steps=6)
+    assert [asked[0] for asked in engine.asked] == [4, 5]
+    assert state.step == 6
+
+
+def test_at_a_boundary_evaluation_comes_before_saving_and_both_come_at_the_end() -> None:
+    log: list[Any] = []
+    run(FakeEngine(), max_steps=5, log=log, evaluate_every=2, save_every=2, **actions(log))
+    assert log == [
+        ("step", 1), ("step", 2), ("evaluate", 2), ("save", 2), ("step", 3), ("step", 4), ("evaluate", 4), ("save", 4),
+        ("step", 5), ("evaluate", 5), ("save", 5), ("end", 5),
+    ]  # fmt: skip
+
+
+def test_a_new_best_is_saved_at_once_and_only_once() -> None:
+    log: list[Any] = []
+    run(
+        FakeEngine(),
+        max_steps=6,
+        log=log,
+        evaluate_every=2,
+        save_every=4,
+        **actions(log, best=lambda step: step in (2, 4)),
+    )
+    assert [entry for entry in log if entry[0] == "save"] == [("save", 2), ("save", 4), ("save", 6)]
+
+
+def test_without_a_rhythm_there_is_one_evaluation_and_one_save_at_the_end() -> None:
+    log: list[Any] = []
+    run(FakeEngine(), max_steps=4, log=log, **actions(log))
+    assert [entry for entry in log if entry[0] not in ("step", "end")] == [("evaluate", 4), ("save", 4)]
+
+
+def test_a_step_that_is_on_disk_already_is_not_saved_again() -> None:
+    log: list[Any] = []
+    boundary = Boundary(**actions(log), last_saved=4)
+    boundary.save_now(4)
+    boundary.save_now(5)
+    assert log == [("save", 5)]
+
+
+@pytest.mark.parametrize("save_every", [None, 3])
+def test_a_stop_leaves_at_the_next_boundary_after_one_save(save_every: int | None) -> None:
+    log: list[Any] = []
+    ending, state = run(FakeEngine(), stop_at=2, log=log, save_every=save_every, **actions(log))
+    assert (ending, state.step) == (Ending.STOPPED, 3)
+    assert [entry for entry in log if entry[0] == "save"] == [("save", 3)]
+    assert log[-1] == ("end", 3)
+
+
+def test_a_stop_at_the_last_step_is_a_complete_run() -> None:
+    log: list[Any] = []
+    ending, state = run(FakeEngine(), max_steps=3, stop_at=2, log=log, **actions(log))
+    assert (ending, state.step) == (Ending.COMPLETE, 3)
+    assert log.count(("save", 3)) == 1
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run_with_advice_and_without_a_save() -> None:
+    log: list[Any] = []
+    with pytest.raises(NoProgressError, match=r"3 steps in a row .* at step 4: lower optimizer\.learning_rate"):
+        run(FakeEngine(skip=lambda step: step >= 1), log=log, save_every=4, **actions(log))
+    assert ("save", 4) not in log
+
+
+def test_a_good_step_ends_a_row_of_skipped_ones() -> None:
+    _, state = run(FakeEngine(skip=lambda step: step % 3 != 2), max_steps=12)
+    assert (state.step, state.skipped_steps) == (12, 8)
+
+
+def test_in_fp16_skipped_steps_are_the_loss_scale_at_work() -> None:
+    ending, state = run(FakeEngine(skip=lambda step: True, precision="fp16"), max_steps=6)
+    assert (ending, state.skipped_steps) == (Ending.COMPLETE, 6)
+
+
+def test_counters_add_up_and_the_ledger_wraps() -> None:
+    _, state = run(FakeEngine(), max_steps=3)
+    assert (state.rows, state.tokens) == (12, 10 + 11 + 12)
+    assert state.ledger == (3 * (LEDGER_MODULUS // 2) + 0 + 1 + 2) % LEDGER_MODULUS
+    assert state.compute_seconds > 0
+
+
+def test_counters_do_not_depend_on_where_a_run_was_cut() -> None:
+    _, whole = run(FakeEngine(), max_steps=6)
+    _, first = run(FakeEngine(), max_steps=3)
+    _, second = run(FakeEngine(), first=3, max_steps=6)
+    assert whole.tokens == first.tokens + second.tokens
+    assert whole.ledger == (first.ledger + second.ledger) % LEDGER_MODULUS
+
+
+def test_the_report_holds_every_part_of_the_time_and_they_add_up() -> None:
+    reports: list[StepReport] = []
+
+    class Keep(Witness):
+        def on_step(self, state: RunState, report: StepReport) -> None:
+            reports.append(report)
+
+    log: list[Any] = []
+    train(
+        engine=FakeEngine(), steps=((n, StepData([], 4, 16, 0, 0.5)) for n in range(3)), state=RunState(), max_steps=3,  # type: ignore[arg-type]
+        learning_rate=lambda step: 0.1, observers=[Keep(log)], boundary=Boundary(**actions(log), save_every=1),
+        stop_requested=lambda: False, skipped_limit=1,
+    )  # fmt: skip
+    assert "save" not in reports[0].seconds
+    assert "save" in reports[1].seconds, "a save is told with the step after it"
+    for report in reports:
+        parts = dict(report.seconds)
+        total = parts.pop("total")
+        assert sum(parts.values()) == pytest.approx(total, abs=1e-6)
+        assert (report.epoch, report.learning_rate) == (0.5, 0.1)
+
+
+def test_a_skipped_step_counts_as_a_step_and_its_data_as_consumed() -> None:
+    state = RunState(step=4, rows=10)
+    report = StepReport(
+        step=5, loss=1.0, accuracy=0.0, gradient_norm=float("inf"), learning_rate=0.1, applied=False, num_tokens=7,
+        num_targets=1, num_rows=2, padded_tokens=8, ledger=3, epoch=0.1,
+    )  # fmt: skip
+    advance(state, report)
+    assert (state.step, state.rows, state.tokens, state.ledger, state.skipped_steps) == (5, 12, 7, 3, 1)
+
+
+def test_a_fault_of_the_data_is_handed_to_the_engine_as_that_step_so_that_ranks_can_agree() -> None:
+    class Agreeing(FakeEngine):
+        def train_step(self, data: Any, **options: Any) -> StepTotals:
+            self.asked.append((options["step"], 0.0, False))
+            if isinstance(data, DataError):
+                raise data
+            self.asked.pop()
+            return super().train_step(data, **options)
+
+    def steps() -> Iterator[tuple[int, StepData]]:
+        yield 4, StepData([], 4, 16, 0, 0.5)
+        raise DataError("shard-000001.tar is damaged")
+
+    engine, state = Agreeing(), RunState(step=4)
+    with pytest.raises(DataError, match="shard-000001"):
+        train(
+            engine=engine, steps=steps(), state=state, max_steps=9, learning_rate=lambda step: 0.1, observers=[],  # type: ignore[arg-type]
+            boundary=Boundary(), stop_requested=lambda: False, skipped_limit=1,
+        )  # fmt: skip
+    assert [asked[0] for asked in engine.asked] == [4, 5]
+    assert state.step == 5
