@@ -43,8 +43,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse and run; returns the exit code."""
-    args = build_parser().parse_args(argv)
+    args = _parse(argv)
     return guarded(lambda: int(args.run(args)))
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; `key=value` may also stand behind an option, where argparse by itself no longer takes positionals."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    taking: str = getattr(args, "more_into", "")
+    if rest and (not taking or any(item.startswith("-") for item in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        setattr(args, taking, [*getattr(args, taking), *rest])
+    return args
 
 
 def guarded(action: Callable[[], int]) -> int:

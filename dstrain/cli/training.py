@@ -42,7 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         _add_run_arguments(parser)
-        parser.set_defaults(run=_run_stage, stage=stage)
+        parser.set_defaults(run=_run_stage, stage=stage, more_into="items")
     parser = subparsers.add_parser(
         "evaluate",
         help="score a run's checkpoint on its held-out data",
@@ -56,7 +56,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--step", type=int, help="checkpoint to score; default: the best by metric, else the newest")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the run's configuration")
-    parser.set_defaults(run=_run_evaluate)
+    parser.set_defaults(run=_run_evaluate, more_into="overrides")
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
