@@ -26,7 +26,15 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 TESTED_ELSEWHERE = {
     "monitor/config.py": "settings without logic: tests/test_house.py builds every preset",
     "train/loop_config.py": "settings without logic: tests/test_house.py builds every preset",
-    "base/protocols.py": "holds types without logic, and every room's tests use them",
+    "cli/shards.py": "every subcommand, in tests/unit/cli/test_data_commands.py",
+    "cli/tokenizer.py": "every subcommand, in tests/unit/cli/test_data_commands.py",
+    "stages/assembly.py": "opened by every run of tests/stages/test_pipeline.py; equal weights in tests/golden/test_golden_losses.py",
+    "stages/evaluate.py": "repeats the run's own numbers in tests/stages/test_pipeline.py, refuses in tests/stages/test_bad_input.py",
+    "stages/export.py": "plain transformers reads the folder in tests/stages/test_pipeline.py, refused in tests/stages/test_bad_input.py",
+    "stages/finetune.py": "learns, resumes and predicts in tests/stages/test_pipeline.py; numbers in tests/golden/test_golden_losses.py",
+    "stages/pretrain.py": "any world size in tests/dist/test_world_size.py, refusals in tests/stages/test_bad_input.py",
+    "stages/run.py": "bitwise resume in tests/dist/test_world_size.py, stops in tests/fault/test_stop.py, tests/stages/test_pipeline.py",
+    "stages/training.py": "signals, lease and exit codes in tests/fault/test_stop.py, tests/fault/test_data_fault.py",
 }
 """Modules without a twin: what covers them instead. A path named here must exist."""
 
