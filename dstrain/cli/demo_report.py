@@ -102,7 +102,7 @@ def rows(numbers: Mapping[str, float], *, precision: str) -> list[Row]:
         ("held-out loss", show("loss_after", "{:.3f}"), f"{show('loss_before', '{:.3f}')} before training"),
         ("masked-token accuracy", show("masked_accuracy", percent), f"{show('unigram_accuracy', percent)} unigram baseline"),
         ("sentiment accuracy", show("finetuned_accuracy", percent), f"{show('majority_accuracy', percent)} majority class"),
-        ("the same from scratch", show("scratch_accuracy", percent), "random weights, a learning rate of its own"),
+        ("the same from scratch", show("scratch_accuracy", percent), "random weights, rate and dropout of its own"),
     ]  # fmt: skip
 
 
@@ -121,6 +121,8 @@ def verdict(numbers: Mapping[str, float]) -> list[str]:
         share, count = numbers["scratch_accuracy"], max(1.0, numbers["reviews_scored"])
         error = 100 * math.sqrt(share * (1 - share) / count)
         said = "Pretraining helped" if gain > 0 else "Pretraining did not beat training from scratch here"
+        if 0 < gain <= error:
+            said = "Pretraining helped a little, no more than chance may do"
         lines.append(
             f"{said}: {gain:+.1f} points on {count:.0f} held-out reviews (standard error of one accuracy {error:.1f})."
         )

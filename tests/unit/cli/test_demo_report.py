@@ -91,6 +91,11 @@ def test_a_comparison_that_pretraining_loses_says_so(tmp_path: Path) -> None:
     assert "did not beat" in demo_report.report(tmp_path, spent={}, quick=False)
 
 
+def test_a_gain_within_the_noise_is_called_so(tmp_path: Path) -> None:
+    _write_demo(tmp_path, finetuned=0.71, scratch=0.70)
+    assert "no more than chance" in demo_report.report(tmp_path, spent={}, quick=False)
+
+
 def test_numbers_that_are_missing_are_dashes(tmp_path: Path) -> None:
     assert demo_report.collect(tmp_path) == {}
     table = demo_report.rows({}, precision="bf16")
