@@ -3,6 +3,7 @@
 After a change that is meant to move them: DSTRAIN_UPDATE_GOLDEN=1 pytest tests/golden, and say why in CHANGELOG.md.
 The ledger (which rows, which masks) must be equal everywhere. Losses must be equal bit for bit with the torch version and
 the CPU instruction set that the file was made with, and within 1e-3 elsewhere, where sums are taken in another order.
+Gradient norms, which nothing is computed from below the clipping limit, must be equal within 1e-6.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ GOLDEN = Path(__file__).with_name("losses.json")
 MADE_BY = "DSTRAIN_UPDATE_GOLDEN=1 pytest tests/golden"
 UPDATE = os.environ.get("DSTRAIN_UPDATE_GOLDEN") == "1"
 TOLERANCE = 1e-3
+NORM_TOLERANCE = 1e-6
+"""The norm's last bit was seen to depend on what ran before in the same process, with every loss after it equal bit for bit."""
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 
 
@@ -111,8 +114,10 @@ def test_every_step_sees_the_recorded_rows_and_masks(found: Any, golden: Any, ru
 @pytest.mark.parametrize("key", ["loss", "gradient_norm"])
 def test_losses_are_the_recorded_ones(found: Any, golden: Any, run: str, key: str) -> None:
     recorded = golden["runs"][run][key]
-    if platform() == golden["platform"]:
+    if platform() == golden["platform"] and key == "loss":
         assert found[run][key] == recorded
+    elif platform() == golden["platform"]:
+        assert found[run][key] == pytest.approx(recorded, rel=NORM_TOLERANCE)
     else:
         assert found[run][key] == pytest.approx(recorded, rel=TOLERANCE, abs=TOLERANCE)
 
