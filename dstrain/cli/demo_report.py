@@ -119,12 +119,12 @@ def verdict(numbers: Mapping[str, float]) -> list[str]:
     if "finetuned_accuracy" in numbers and "scratch_accuracy" in numbers:
         gain = 100 * (numbers["finetuned_accuracy"] - numbers["scratch_accuracy"])
         share, count = numbers["scratch_accuracy"], max(1.0, numbers["reviews_scored"])
-        error = 100 * math.sqrt(share * (1 - share) / count)
+        error = 100 * math.sqrt(2 * share * (1 - share) / count)
         said = "Pretraining helped" if gain > 0 else "Pretraining did not beat training from scratch here"
         if 0 < gain <= error:
             said = "Pretraining helped a little, no more than chance may do"
         lines.append(
-            f"{said}: {gain:+.1f} points on {count:.0f} held-out reviews (standard error of one accuracy {error:.1f})."
+            f"{said}: {gain:+.1f} points on {count:.0f} held-out reviews (standard error of the difference {error:.1f})."
         )
     return lines
 
