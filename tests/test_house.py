@@ -24,6 +24,7 @@ ROOM_MODULES = [path for path in MODULES if len(path.parts) == 2 and path.name !
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 TESTED_ELSEWHERE = {
+    "models/encoders.py": "what runs, against plain transformers, in tests/unit/models/test_huggingface.py",
     "monitor/config.py": "settings without logic: tests/test_house.py builds every preset",
     "train/loop_config.py": "settings without logic: tests/test_house.py builds every preset",
     "cli/shards.py": "every subcommand, in tests/unit/cli/test_data_commands.py",

@@ -1,17 +1,13 @@
-"""The door to transformers: any `...ForMaskedLM` or `...ForSequenceClassification`, fed flat micro-batches.
+"""Build, load and save Hugging Face models: any `...ForMaskedLM` or `...ForSequenceClassification`, from sizes or from weights.
 
-Unpadded models run on one row of back-to-back segments, through transformers' own attention interface; models outside that
-interface get one padded row per segment. Either way the head runs on the targets only: a forward hook on the base model
-replaces its last hidden state by the rows to be scored, and the model's own head does the rest. Positions restart at each
-segment. Does not compute losses and never runs code that came with a checkpoint.
+Checks what a person typed against the configuration class, takes weights from safetensors only, and never runs code that
+came with a checkpoint. How a model is fed is `models.encoders`.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +15,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
-    AttentionInterface,
     AutoConfig,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -27,7 +22,6 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import logging as transformers_logging
-from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -36,19 +30,11 @@ from transformers.models.auto.modeling_auto import (
 
 from dstrain.base.errors import ConfigError
 from dstrain.base.logs import get_logger
-from dstrain.base.protocols import MicroBatch
-from dstrain.models.attention import SegmentLayout, segment_attention
 from dstrain.models.config import ModelConfig, ModelFacts
+from dstrain.models.encoders import MaskedLanguageModel, SequenceClassifier
 from dstrain.models.inputs import (
-    pad_segments,
-    padded_inputs,
-    padded_rows,
-    plain_batch,
     position_offset,
-    unpadded_inputs,
 )
-
-ATTENTION_NAME = "dstrain_segments"
 
 _TOKEN_FIELDS = ("pad_token_id", "cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id")
 _HEAD_FIELDS = ("num_labels", "id2label", "label2id", "problem_type")
@@ -63,96 +49,6 @@ _UNLISTED_FIELDS = {
 """Fields that transformers reads and published configurations carry, but its configuration classes do not list."""
 
 _LOG = get_logger(__name__)
-_SELF_CHECK_TOLERANCE = 1e-4
-
-
-class MaskedLanguageModel(nn.Module):
-    """A Hugging Face masked-LM model: a micro-batch in, (M, vocab) logits at its targets out."""
-
-    def __init__(self, model: PreTrainedModel, *, attention: str = "auto") -> None:
-        """Wrap a model and choose how it is fed.
-
-        Args:
-            model: a `...ForMaskedLM`.
-            attention: auto, unpadded or padded.
-
-        Raises:
-            ConfigError: unpadded is asked for and the model cannot.
-        """
-        super().__init__()
-        self.model = model
-        self._rows: Tensor | None = None
-        model.base_model.register_forward_hook(self._keep_target_rows, with_kwargs=False)
-        self.attention, self.attention_reason = self._choose_attention(attention)
-
-    def forward(self, batch: MicroBatch) -> Tensor:
-        """Logits (M, vocab) at `batch.targets`."""
-        if self.attention == "unpadded":
-            inputs = unpadded_inputs(self.model, batch)
-            self._rows = batch.targets
-        else:
-            inputs, width = padded_inputs(batch, pad_id=_pad_id(self.model))
-            self._rows = padded_rows(batch, width)
-        try:
-            return cast(Tensor, self.model(**inputs).logits[0])
-        finally:
-            self._rows = None
-
-    def _keep_target_rows(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if self._rows is None:
-            return output
-        hidden = output.last_hidden_state
-        output.last_hidden_state = hidden.reshape(1, -1, hidden.shape[-1])[:, self._rows]
-        return output
-
-    def _choose_attention(self, wanted: str) -> tuple[str, str]:
-        if wanted == "padded":
-            return "padded", "asked for"
-        problem = _why_not_unpadded(self.model)
-        if problem is None:
-            self.attention = "unpadded"
-            problem = self._self_check()
-        if problem is None:
-            return "unpadded", "equal to one document at a time in the self-check"
-        if wanted == "unpadded":
-            raise ConfigError(f"model.attention: unpadded is not possible here: {problem}; use auto or padded")
-        _use_attention(self.model, "sdpa" if getattr(self.model, "_supports_sdpa", False) else "eager")
-        return "padded", problem
-
-    @torch.no_grad()
-    def _self_check(self) -> str | None:
-        """Compare three packed segments with the same segments one at a time; None when equal."""
-        lengths = (7, 7, 4)
-        device = next(self.model.parameters()).device
-        vocab = self.model.config.vocab_size
-        tokens = (torch.arange(sum(lengths), device=device) * 7919 + 5) % max(vocab - 6, 1) + min(5, vocab - 1)
-        with _evaluation(self.model):
-            together = self.forward(plain_batch(tokens, lengths))
-            apart = [self.forward(plain_batch(part, (len(part),))) for part in tokens.split(list(lengths))]
-        difference = float((together - torch.cat(apart)).abs().max())
-        scale = max(1.0, float(together.abs().max()))
-        if not difference <= _SELF_CHECK_TOLERANCE * scale:
-            return f"packed and separate documents differ by {difference:.1e}"
-        return None
-
-
-class SequenceClassifier(nn.Module):
-    """A Hugging Face sequence classifier: a micro-batch in, (N, classes) logits of its segments out. Feeds padded rows."""
-
-    attention = "padded"
-    attention_reason = "classification heads read the first token of a padded row"
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Wrap a `...ForSequenceClassification`."""
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: MicroBatch) -> Tensor:
-        """Logits (M, classes) of the segments `batch.targets`."""
-        inputs, _ = padded_inputs(batch, pad_id=_pad_id(self.model))
-        if batch.token_types is not None and getattr(self.model.config, "type_vocab_size", 0) > 1:
-            inputs["token_type_ids"] = pad_segments(batch.token_types, batch.lengths, 0)
-        return cast(Tensor, self.model(**inputs).logits[batch.targets])
 
 
 def build_masked_lm(
@@ -200,7 +96,7 @@ def build_classifier(
         special=special,
     )
     _require_class(hf_config, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, "ForSequenceClassification")
-    return SequenceClassifier(_construct(AutoModelForSequenceClassification, hf_config))
+    return SequenceClassifier(_construct(AutoModelForSequenceClassification, hf_config), attention=config.attention)
 
 
 def read_architecture(folder: Path) -> dict[str, Any]:
@@ -333,54 +229,6 @@ def reload_logits(folder: Path, tokens: Tensor) -> Tensor:
     factory = AutoModelForMaskedLM if is_masked_lm else AutoModelForSequenceClassification
     model = factory.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32).eval()
     return cast(Tensor, model(input_ids=tokens[None], attention_mask=torch.ones_like(tokens)[None]).logits[0])
-
-
-def _pad_id(model: PreTrainedModel) -> int:
-    return int(model.config.pad_token_id or 0)
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None,
-    dropout: float = 0.0, sliding_window: int | None = None, segments: SegmentLayout | None = None, **_: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """The attention function that transformers calls: (1, h, T, d) in, (1, T, h, d) out."""
-    if segments is None:
-        raise ConfigError("dstrain's attention needs a packed micro-batch; export the model to use it elsewhere")
-    scale = scaling if scaling is not None else 1.0 / math.sqrt(query.shape[-1])
-    # transformers hands over the window as flash kernels count it: own position included, hence one less to each side.
-    window = None if sliding_window is None else sliding_window - 1
-    return segment_attention(query, key, value, segments, scale=scale, dropout=dropout, window=window), None
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    return None
-
-
-def _why_not_unpadded(model: PreTrainedModel) -> str | None:
-    """Plug the segment attention in; None when transformers accepts it, else the reason it does not."""
-    if not getattr(model, "_supports_attention_backend", False):
-        return f"{type(model).__name__} does not use transformers' attention interface"
-    AttentionInterface.register(ATTENTION_NAME, _attend)
-    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
-    return _use_attention(model, ATTENTION_NAME)
-
-
-def _use_attention(model: PreTrainedModel, name: str) -> str | None:
-    try:
-        model.set_attn_implementation(name)
-    except (ValueError, ImportError, AttributeError) as error:
-        return f"{type(model).__name__} refuses the attention implementation: {error}"
-    return None
 
 
 def _configuration(

@@ -22,7 +22,7 @@ def position_offset(model: Any) -> int:
     return 0
 
 
-def unpadded_inputs(model: Any, batch: MicroBatch) -> dict[str, Any]:
+def unpadded_inputs(model: Any, batch: MicroBatch, *, token_types: Tensor | None = None) -> dict[str, Any]:
     """Forward arguments of one flat row; `segments` reaches the attention function through transformers' kwargs."""
     dtype = next(model.parameters()).dtype
     if torch.is_autocast_enabled(batch.tokens.device.type):
@@ -32,8 +32,8 @@ def unpadded_inputs(model: Any, batch: MicroBatch) -> dict[str, Any]:
         "position_ids": batch.positions[None] + position_offset(model),
         "segments": segment_layout(batch.lengths, device=batch.tokens.device, dtype=dtype),
     }
-    if batch.token_types is not None:
-        inputs["token_type_ids"] = batch.token_types[None]
+    if token_types is not None:
+        inputs["token_type_ids"] = token_types[None]
     return inputs
 
 
@@ -57,8 +57,9 @@ def padded_rows(batch: MicroBatch, width: int) -> Tensor:
     return (segment * width + batch.positions)[batch.targets]
 
 
-def plain_batch(tokens: Tensor, lengths: tuple[int, ...]) -> MicroBatch:
-    """A micro-batch of some segments in which every token is a target."""
+def plain_batch(tokens: Tensor, lengths: tuple[int, ...], *, segments_are_targets: bool = False) -> MicroBatch:
+    """A micro-batch of some segments in which every token, or every segment, is a target."""
     positions = torch.cat([torch.arange(n, device=tokens.device) for n in lengths])
-    everything = torch.arange(len(tokens), device=tokens.device)
-    return MicroBatch(tokens=tokens, positions=positions, lengths=lengths, targets=everything, labels=tokens)
+    targets = torch.arange(len(lengths) if segments_are_targets else len(tokens), device=tokens.device)
+    labels = targets if segments_are_targets else tokens
+    return MicroBatch(tokens=tokens, positions=positions, lengths=lengths, targets=targets, labels=labels)

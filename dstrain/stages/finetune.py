@@ -16,7 +16,8 @@ from dstrain.base.storage import write_json
 from dstrain.base.world import World
 from dstrain.data.plan import num_micro_batches
 from dstrain.data.tokenizer import Tokenizer
-from dstrain.models.huggingface import SequenceClassifier, build_classifier, facts, initialise
+from dstrain.models.encoders import SequenceClassifier
+from dstrain.models.huggingface import build_classifier, facts, initialise
 from dstrain.objectives.supervised import ClassificationObjective, RegressionObjective
 from dstrain.stages.assembly import Assembly, Site, seed_weights
 from dstrain.stages.config import FinetuneConfig

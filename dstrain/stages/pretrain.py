@@ -14,7 +14,8 @@ from dstrain.data.plan import Plan, num_micro_batches
 from dstrain.data.reader import ShardDataset
 from dstrain.data.row_index import rows_per_block
 from dstrain.data.tokenizer import Tokenizer
-from dstrain.models.huggingface import MaskedLanguageModel, build_masked_lm, facts, initialise
+from dstrain.models.encoders import MaskedLanguageModel
+from dstrain.models.huggingface import build_masked_lm, facts, initialise
 from dstrain.objectives.masking import Masking
 from dstrain.objectives.mlm import MlmObjective
 from dstrain.stages.assembly import Assembly, Site, seed_weights

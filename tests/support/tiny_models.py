@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dstrain.base.protocols import MicroBatch, StepData
 from dstrain.models.config import ModelConfig
-from dstrain.models.huggingface import MaskedLanguageModel, build_masked_lm
+from dstrain.models.encoders import MaskedLanguageModel
+from dstrain.models.huggingface import build_masked_lm
 
 VOCABULARY = 61  # no multiple of 8: the embedding is padded to 64
 

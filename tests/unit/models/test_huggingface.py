@@ -13,9 +13,9 @@ from torch import Tensor
 from dstrain.base.control import ControlPlane
 from dstrain.base.errors import ConfigError
 from dstrain.models.config import ModelConfig
+from dstrain.models.encoders import SequenceClassifier
 from dstrain.models.huggingface import (
     MaskedLanguageModel,
-    SequenceClassifier,
     accepted_inputs,
     architecture_of,
     build_classifier,
@@ -240,9 +240,9 @@ def test_fields_that_came_with_a_model_are_not_held_against_the_user() -> None:
 # --- weights from elsewhere ------------------------------------------------------------------------------------------
 
 
-def classifier(num_labels: int = 3, **fields: Any) -> SequenceClassifier:
+def classifier(num_labels: int = 3, attention: Any = "auto", **fields: Any) -> SequenceClassifier:
     torch.manual_seed(1)
-    config = ModelConfig(config={"model_type": "bert", **FAMILIES["bert"], **fields})
+    config = ModelConfig(config={"model_type": "bert", **FAMILIES["bert"], **fields}, attention=attention)
     labels = tuple(f"label {i}" for i in range(num_labels))
     return build_classifier(
         config, num_labels=num_labels, labels=labels, regression=False, vocab_size=VOCABULARY, special=SPECIAL
@@ -363,9 +363,40 @@ def test_a_classifier_scores_the_wanted_segments_and_sees_no_padding() -> None:
 def test_a_classifier_uses_token_types_where_the_model_has_them() -> None:
     model, batch = classifier().eval(), packed(documents((6,)), targets=torch.tensor([0]))
     typed = type(batch)(**{**vars(batch), "token_types": torch.tensor([0, 0, 0, 1, 1, 1])})
-    expected = model.model(input_ids=batch.tokens[None], token_type_ids=typed.token_types[None]).logits
+    plain = classifier(attention="padded").eval()
+    plain.load_state_dict(model.state_dict())
+    expected = plain.model(input_ids=batch.tokens[None], token_type_ids=typed.token_types[None]).logits
     torch.testing.assert_close(model(typed), expected, rtol=0, atol=1e-6)
     assert (model(batch) - model(typed)).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_classifier_without_padding_equals_the_padded_one(family: str, pooling: str) -> None:
+    """Logits and gradients; families whose pooler or attention wants rows say so and are fed rows."""
+    fields = {"model_type": family, **FAMILIES[family]} | (
+        {"classifier_pooling": pooling} if family == "modernbert" else {}
+    )
+    built = []
+    for attention in ("auto", "padded"):
+        config = ModelConfig(config=fields, attention=attention)  # type: ignore[arg-type]
+        torch.manual_seed(3)
+        built.append(
+            build_classifier(
+                config, num_labels=3, labels=("a", "b", "c"), regression=False, vocab_size=VOCABULARY, special=SPECIAL
+            )
+        )
+    packed_model, padded_model = (model.eval() for model in built)
+    assert packed_model.attention == ("padded" if family in ("albert", "deberta-v2") else "unpadded")
+    batch = packed(documents((9, 5, 5, 2)), targets=torch.tensor([3, 0, 1, 2]))
+    logits = [model(batch) for model in (packed_model, padded_model)]
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-5)
+    for value in logits:
+        value.square().sum().backward()
+    other = dict(padded_model.named_parameters())
+    for name, parameter in packed_model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, other[name].grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_a_regressor_has_one_output() -> None:

@@ -67,8 +67,8 @@ def test_token_types_are_passed_only_where_there_are_some() -> None:
     model = tiny_model("bert").model
     batch = packed(documents((3, 2)))
     assert "token_type_ids" not in unpadded_inputs(model, batch)
-    typed = MicroBatch(**{**vars(batch), "token_types": torch.tensor([0, 1, 1, 0, 1])})
-    assert unpadded_inputs(model, typed)["token_type_ids"].tolist() == [[0, 1, 1, 0, 1]]
+    types = torch.tensor([0, 1, 1, 0, 1])
+    assert unpadded_inputs(model, batch, token_types=types)["token_type_ids"].tolist() == [[0, 1, 1, 0, 1]]
 
 
 def test_a_plain_batch_scores_every_token_at_restarting_positions() -> None:
