@@ -54,7 +54,12 @@ def assemble(config: FinetuneConfig, site: Site) -> Assembly:
     encoded = encode(task.train, tokenizer, max_length=config.task.max_length)
     train_ = config.train
     loader = ExampleLoader(
-        encoded, seed=config.seed, global_batch=train_.global_batch, micro_batch=train_.micro_batch, world=site.world
+        encoded,
+        seed=config.seed,
+        global_batch=train_.global_batch,
+        micro_batch=train_.micro_batch,
+        world=site.world,
+        pads=model.attention == "padded",
     )
     max_steps = train_.max_steps or max(1, math.ceil(train_.epochs * loader.steps_per_epoch))
     scoring = Scoring(config, site.world, task, tokenizer)

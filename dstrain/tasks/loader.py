@@ -69,13 +69,21 @@ class ExampleLoader:
         global_batch: examples of one optimizer step over all ranks.
         micro_batch: most examples of one forward.
         world: whose share this is.
+        pads: whether the model will be fed padded rows, so that padding is counted.
 
     Raises:
         ConfigError: a batch size is below 1.
     """
 
     def __init__(
-        self, examples: EncodedExamples, *, seed: int, global_batch: int, micro_batch: int, world: World
+        self,
+        examples: EncodedExamples,
+        *,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        world: World,
+        pads: bool = True,
     ) -> None:
         for name, value in (("global_batch", global_batch), ("micro_batch", micro_batch)):
             if value < 1:
@@ -83,6 +91,7 @@ class ExampleLoader:
         self._examples = examples
         self._seed = seed
         self._global_batch = global_batch
+        self._pads = pads
         self._first, self._last = rank_slots(global_batch, rank=world.rank, world_size=world.size)
         self._num_micro = num_micro_batches(global_batch, micro_batch=micro_batch, world_size=world.size)
         self.steps_per_epoch = len(examples) / global_batch
@@ -92,10 +101,12 @@ class ExampleLoader:
         planned = self.examples_of(step)
         ordered = longest_first(self._examples, planned.example).tolist()
         parts = split_evenly(ordered, self._num_micro)
+        micro_batches = [make_micro_batch(self._examples, part) for part in parts]
+        slots = sum(len(part) * int(self._examples.lengths[part[0]]) for part in parts if part)
         return StepData(
-            micro_batches=[make_micro_batch(self._examples, part) for part in parts],
+            micro_batches=micro_batches,
             num_rows=len(ordered),
-            padded_tokens=sum(len(part) * int(self._examples.lengths[part[0]]) for part in parts if part),
+            padded_tokens=slots if self._pads else sum(batch.num_tokens for batch in micro_batches),
             ledger=ledger_digest(planned, step=step),
             epoch=(step + 1) / self.steps_per_epoch,
         )

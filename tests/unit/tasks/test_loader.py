@@ -24,7 +24,7 @@ def make_examples(n, *, dtype=np.int64):
     )
 
 
-def loaders(n, *, world_size, global_batch=4, micro_batch=2, seed=1):
+def loaders(n, *, world_size, global_batch=4, micro_batch=2, seed=1, pads=True):
     return [
         ExampleLoader(
             make_examples(n),
@@ -32,6 +32,7 @@ def loaders(n, *, world_size, global_batch=4, micro_batch=2, seed=1):
             global_batch=global_batch,
             micro_batch=micro_batch,
             world=World(rank=r, size=world_size),
+            pads=pads,
         )
         for r in range(world_size)
     ]
@@ -104,6 +105,13 @@ def test_a_micro_batch_keeps_the_protocols_promises():
         assert batch.labels.tolist() == (identity % 3).tolist()
         assert batch.token_types.tolist() == (batch.tokens % 2).tolist()
     assert data.padded_tokens == sum(len(b.lengths) * b.lengths[0] for b in data.micro_batches)
+
+
+def test_padding_is_counted_only_where_the_model_is_fed_padded_rows():
+    [padded] = loaders(20, world_size=1, global_batch=8, micro_batch=4)
+    [unpadded] = loaders(20, world_size=1, global_batch=8, micro_batch=4, pads=False)
+    tokens = sum(b.num_tokens for b in unpadded.step(3).micro_batches)
+    assert unpadded.step(3).padded_tokens == tokens < padded.step(3).padded_tokens
 
 
 def test_micro_batches_of_a_step_hold_similar_lengths():
