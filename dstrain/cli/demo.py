@@ -196,10 +196,10 @@ class Demo:
                  lambda: self._saved_step() >= self.max_steps, self._resume),
             Step("export", "Export to Hugging Face and fill in masks with plain transformers", 15,
                  (at / _FILL_MASK_FILE).is_file, self._export),
-            Step("finetune", f"{reviews}, from the pretrained encoder", 40,
+            Step("finetune", f"{reviews}, from the pretrained encoder", 50,
                  (at / "finetune" / "metrics.json").is_file,
                  lambda: self._finetune("finetune", f"model.init_from={_quoted(encoder)}")),
-            Step("scratch", f"{reviews}, from random weights", 40,
+            Step("scratch", f"{reviews}, from random weights", 50,
                  (at / "scratch" / "metrics.json").is_file,
                  lambda: self._finetune("scratch", f"tokenizer={_quoted(at / 'tokenizer')}")),
         ]  # fmt: skip
