@@ -67,7 +67,11 @@ def parse_yaml(text: str, *, source: str) -> Any:
         ConfigError: the text is not valid YAML; the message names `source` and the line.
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader subclass: builds plain objects only
+        loader = _Loader(text)  # a SafeLoader: builds plain objects only
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
