@@ -186,20 +186,20 @@ class Demo:
         at = self.folder
         encoder, reviews = at / "pretrain", "Fine-tune on movie reviews with DeepSpeed on 2 processes"
         return [
-            Step("tokenizer", "Train a tokenizer on Jane Austen's six novels", 5,
+            Step("tokenizer", "Train a tokenizer on Jane Austen's six novels", 4,
                  (at / "tokenizer" / "tokenizer.json").is_file, self._tokenizer),
-            Step("shards", "Tokenise them into WebDataset shards, a part held out", 4,
+            Step("shards", "Tokenise them into WebDataset shards, a part held out", 3,
                  (at / "shards" / "train" / "manifest.json").is_file, self._shards),
-            Step("pretrain", f"Pretrain with DeepSpeed ZeRO-1 on 2 processes, told to stop at step {self.stop_step}", 105,
+            Step("pretrain", f"Pretrain with DeepSpeed ZeRO-1 on 2 processes, told to stop at step {self.stop_step}", 115,
                  lambda: self._saved_step() >= self.stop_step, self._pretrain),
-            Step("resume", "Resume it on 1 process, to the end", 50,
+            Step("resume", "Resume it on 1 process, to the end", 60,
                  lambda: self._saved_step() >= self.max_steps, self._resume),
-            Step("export", "Export to Hugging Face and fill in masks with plain transformers", 15,
+            Step("export", "Export to Hugging Face and fill in masks with plain transformers", 10,
                  (at / _FILL_MASK_FILE).is_file, self._export),
-            Step("finetune", f"{reviews}, from the pretrained encoder", 50,
+            Step("finetune", f"{reviews}, from the pretrained encoder", 60,
                  (at / "finetune" / "metrics.json").is_file,
                  lambda: self._finetune("finetune", f"model.init_from={_quoted(encoder)}")),
-            Step("scratch", f"{reviews}, from random weights", 50,
+            Step("scratch", f"{reviews}, from random weights", 60,
                  (at / "scratch" / "metrics.json").is_file,
                  lambda: self._finetune("scratch", f"tokenizer={_quoted(at / 'tokenizer')}")),
         ]  # fmt: skip
