@@ -27,6 +27,7 @@ GRACE_S = 60.0
 """Seconds a child may take to save and leave before it is killed."""
 
 _POLL_S = 0.1
+_STOPPING = (signal.SIGTERM, signal.SIGHUP)
 _NOT_INHERITED = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE", "MASTER_ADDR",
     "MASTER_PORT", "SLURM_NTASKS", "CUDA_VISIBLE_DEVICES",
@@ -84,22 +85,49 @@ def run(
     Raises:
         KeyboardInterrupt: a person or a signal stopped the demo; the child has been stopped first.
     """
+    children: list[subprocess.Popen[bytes]] = []
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(open(stdout, "ab")) if stdout is not None else None
-        child = subprocess.Popen(
-            list(command), env=child_environment(), stdin=subprocess.DEVNULL, stdout=out, start_new_session=True
-        )
-        asked = False
         try:
-            while True:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    return child.wait(timeout=_POLL_S)
-                if preempt is not None and not asked and preempt():
-                    ask(child.pid, stop_signal)
-                    asked = True
+            with _signals_held():  # a stop between the child's start and its name would leave it behind
+                children.append(
+                    subprocess.Popen(
+                        list(command),
+                        env=child_environment(),
+                        stdin=subprocess.DEVNULL,
+                        stdout=out,
+                        start_new_session=True,
+                    )
+                )
+            return _wait(children[0], stop_signal, preempt)
         except BaseException:
-            _stop(child, stop_signal)
+            for child in children:
+                _stop(child, stop_signal)
             raise
+
+
+def _wait(child: subprocess.Popen[bytes], number: signal.Signals, preempt: Callable[[], bool] | None) -> int:
+    asked = False
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.wait(timeout=_POLL_S)
+        if preempt is not None and not asked and preempt():
+            ask(child.pid, number)
+            asked = True
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Hold stop signals back until the end of the block; the child's own handling is not touched."""
+    caught: list[int] = []
+    previous = {n: signal.signal(n, lambda number, frame: caught.append(number)) for n in (signal.SIGINT, *_STOPPING)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if caught:
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -109,12 +137,11 @@ def stoppable() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    previous = [signal.signal(number, interrupt) for number in numbers]
+    previous = [signal.signal(number, interrupt) for number in _STOPPING]
     try:
         yield
     finally:
-        for number, handler in zip(numbers, previous):
+        for number, handler in zip(_STOPPING, previous):
             signal.signal(number, handler)
 
 

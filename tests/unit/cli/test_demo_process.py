@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -75,6 +76,24 @@ def test_ctrl_c_lets_the_child_save_first(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         demo_process.run([sys.executable, "-c", _SAVES, str(tmp_path)], stop_signal=signal.SIGTERM)
     assert (tmp_path / "saved").read_text() == "SIGTERM"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_while_a_child_is_being_started_leaves_none_behind(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    start = subprocess.Popen
+
+    def start_and_be_stopped(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(start(*args, **options))
+        os.kill(os.getpid(), number)
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", start_and_be_stopped)
+    with demo_process.stoppable(), pytest.raises(KeyboardInterrupt):
+        demo_process.run([sys.executable, "-c", "import time; time.sleep(60)"])
+    assert started[0].returncode is not None
 
 
 def test_a_preempted_child_ends_with_its_own_exit_code(tmp_path: Path) -> None:
