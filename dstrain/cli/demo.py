@@ -54,7 +54,7 @@ print(json.dumps([{"text": t, "tokens": [[f["token_str"], f["score"]] for f in f
 _QUICK: dict[str, tuple[str, ...]] = {
     "tokenizer": ("--vocab-size", "1000"),
     "pretrain": (
-        "train.max_steps=60", "train.global_batch=4", "train.micro_batch=2", "train.evaluate_rows=16", "monitor.log_every=4",
+        "train.max_steps=90", "train.global_batch=4", "train.micro_batch=2", "train.evaluate_rows=16", "monitor.log_every=4",
         "schedule.warmup_steps=5", "train.evaluate_every=1000", "checkpoint.every_steps=1000", "model.config.num_hidden_layers=1",
     ),
     "finetune": ("train.max_steps=4", "train.global_batch=8", "schedule.warmup_steps=1", "task.validation_fraction=0.02"),

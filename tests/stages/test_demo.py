@@ -91,9 +91,9 @@ def test_pretraining_was_stopped_at_two_processes_and_ended_at_one(played: Playe
     worlds = [event["world"] for event in events if event["event"] in ("started", "resumed")]
     assert worlds[0] == 2
     assert worlds[-1] == 1
-    assert [event["step"] for event in events if event["event"] == "ended"][-1] == 60
+    assert [event["step"] for event in events if event["event"] == "ended"][-1] == 90
     resumed = [event["step"] for event in events if event["event"] == "resumed"]
-    assert 40 <= resumed[0] < 60
+    assert 60 <= resumed[0] < 90
 
 
 def test_the_summary_has_every_row(played: Played) -> None:
@@ -117,5 +117,5 @@ def test_the_exported_encoder_filled_the_masks(played: Played) -> None:
 def test_the_third_start_finds_everything_done_and_trains_nothing(played: Played) -> None:
     assert played.codes[2] == 0, played.texts[2]
     assert played.texts[2].count("already done") == 7
-    assert "step " not in played.texts[2].partition("[1/8]")[2].partition("[8/8]")[0].replace("at step 40", "")
+    assert "step " not in played.texts[2].partition("[1/8]")[2].partition("[8/8]")[0].replace("at step 60", "")
     assert played.after_third == played.before_third
