@@ -178,7 +178,7 @@ def launch(peer: str, processes: int, args: argparse.Namespace, folder: Path) ->
     passed = [
         "--worker", peer, "--folder", str(folder), "--out", str(out), "--steps", str(args.steps), "--warmup", str(args.warmup),
         "--batch", str(args.batch), "--hidden", str(args.hidden), "--layers", str(args.layers), "--precision", args.precision,
-        "--threads", str(max(1, len(os.sched_getaffinity(0)) // processes)), "--zero-stage", str(args.zero_stage),
+        "--threads", str(args.threads), "--zero-stage", str(args.zero_stage),
         "--padded-batch-factor", str(args.padded_batch_factor),
     ]  # fmt: skip
     passed += ["--model-vocab", str(args.model_vocab)] if args.model_vocab is not None else []
@@ -189,7 +189,7 @@ def launch(peer: str, processes: int, args: argparse.Namespace, folder: Path) ->
     for rank in range(processes):
         environment = {
             **os.environ,
-            "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes)),
+            "OMP_NUM_THREADS": str(args.threads),
             "TOKENIZERS_PARALLELISM": "false",
         }
         if processes > 1 or peer == "dstrain":
@@ -241,9 +241,9 @@ def report(
         f"{data['processor']}, {data['cores']} cores, no GPU; commit {data['commit']}; "
         + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".",
         f"BERT, hidden {args.hidden}, {args.layers} layers, vocabulary {args.model_vocab or args.vocab}, rows of {SEQUENCE_LENGTH}, "
-        f"{args.batch} rows a process and step, {MASK_RATE:.0%} masking, {args.precision}, fused AdamW, ZeRO-{args.zero_stage} for dstrain. "
+        f"{args.batch} rows a process and step, {args.threads} thread(s) a process, {MASK_RATE:.0%} masking, {args.precision}, fused AdamW, ZeRO-{args.zero_stage} for dstrain. "
         f"{args.steps} timed steps after {args.warmup}, {args.rounds} interleaved rounds; median (min to max).", "",
-        "| processes | peer | useful tokens/s | against dstrain | loss, first → last timed |", "|---|---|---|---|---|",
+        "| processes | peer | useful tokens/s | per CPU-second of rank 0 | against dstrain | loss, first → last |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for processes in args.processes:
         ours = [r["tokens_per_second"] for r in results["dstrain"][processes]]
@@ -258,7 +258,7 @@ def report(
             )
             loss = f"{runs[-1]['first_loss']:.2f} → {runs[-1]['last_loss']:.2f}"
             lines.append(
-                f"| {processes} | {peer} | {statistics.median(speed):,.0f} ({min(speed):,.0f} to {max(speed):,.0f}) | {ratio} | {loss} |"
+                f"| {processes} | {peer} | {statistics.median(speed):,.0f} ({min(speed):,.0f} to {max(speed):,.0f}) | {statistics.median(r['tokens'] / processes / r['cpu_s'] for r in runs):,.0f} | {ratio} | {loss} |"
             )
     lines += [
         "", "A useful token is a real one; padding does not count. Ratios are taken round by round. hf-grouped cuts documents and lets "
@@ -287,7 +287,9 @@ def main() -> None:
     parser.add_argument("--name", default="step-vs-hf", help="of the result files")
     for hidden in ("--worker", "--folder", "--out"):
         parser.add_argument(hidden, type=str if hidden == "--worker" else Path, help=argparse.SUPPRESS)
-    parser.add_argument("--threads", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of each process; more than one is at the mercy of the neighbours"
+    )
     args = parser.parse_args()
     if args.worker:
         result = run_dstrain(args) if args.worker == "dstrain" else run_hf(args, grouped=args.worker == "hf-grouped")
