@@ -109,7 +109,13 @@ def run_dstrain(args: argparse.Namespace) -> dict[str, float]:
 def run_hf(args: argparse.Namespace, *, grouped: bool) -> dict[str, float]:
     import torch
     from transformers import (
-        AutoConfig, AutoModelForMaskedLM, AutoTokenizer, DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments,
+        AutoConfig,
+        AutoModelForMaskedLM,
+        AutoTokenizer,
+        DataCollatorForLanguageModeling,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
     )  # fmt: skip
 
     torch.set_num_threads(args.threads)
@@ -256,6 +262,7 @@ def report(
                 if peer == "dstrain"
                 else f"dstrain is {statistics.median(ratios):.2f}× ({min(ratios):.2f} to {max(ratios):.2f})"
             )
+            economy = statistics.median(r["tokens"] / processes / r["cpu_s"] for r in runs)
             loss = f"{runs[-1]['first_loss']:.2f} → {runs[-1]['last_loss']:.2f}"
             lines.append(
                 f"| {processes} | {peer} | {statistics.median(speed):,.0f} ({min(speed):,.0f} to {max(speed):,.0f}) | {statistics.median(r['tokens'] / processes / r['cpu_s'] for r in runs):,.0f} | {ratio} | {loss} |"
