@@ -265,7 +265,7 @@ def report(
             economy = statistics.median(r["tokens"] / processes / r["cpu_s"] for r in runs)
             loss = f"{runs[-1]['first_loss']:.2f} → {runs[-1]['last_loss']:.2f}"
             lines.append(
-                f"| {processes} | {peer} | {statistics.median(speed):,.0f} ({min(speed):,.0f} to {max(speed):,.0f}) | {statistics.median(r['tokens'] / processes / r['cpu_s'] for r in runs):,.0f} | {ratio} | {loss} |"
+                f"| {processes} | {peer} | {statistics.median(speed):,.0f} ({min(speed):,.0f} to {max(speed):,.0f}) | {economy:,.0f} | {ratio} | {loss} |"
             )
     lines += [
         "", "A useful token is a real one; padding does not count. Ratios are taken round by round. hf-grouped cuts documents and lets "
