@@ -24,12 +24,11 @@ from dstrain.base.logs import get_logger
 from dstrain.base.storage import (
     make_directory,
     publish_directory,
-    remove_directory,
     write_bytes,
     write_json,
     write_text,
 )
-from dstrain.checkpoint.layout import MANIFEST, fragment_file, leftovers, published_steps, staging_folder, step_folder
+from dstrain.checkpoint.layout import MANIFEST, fragment_file, leftovers, staging_folder, step_folder
 from dstrain.checkpoint.manifest import CheckpointManifest, Fragment
 from dstrain.checkpoint.retention import keep_newest
 
@@ -150,12 +149,6 @@ class CheckpointWriter:
 def fragment_key(name: str, state: str, offset: int) -> str:
     """The tensor's name inside a safetensors file."""
     return f"{name}|{state}|{offset}"
-
-
-def discard_checkpoint(folder: Path, step: int) -> None:
-    """Remove one step's checkpoint; refuses the last one there is."""
-    if len(published_steps(folder)) > 1:
-        remove_directory(step_folder(folder, step))
 
 
 def _write_small_files(staging: Path, config_yaml: str, tokenizer: Path | None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from dstrain.base.logs import get_logger
 from dstrain.base.protocols import RunState
 from dstrain.base.storage import make_directory, write_json, write_text
 from dstrain.checkpoint.fragments import EngineState
-from dstrain.checkpoint.layout import checkpoints_folder, published_steps
+from dstrain.checkpoint.layout import checkpoints_folder, published_steps, step_folder
 from dstrain.checkpoint.manifest import STATES, model_fingerprint
 from dstrain.checkpoint.reader import Checkpoint, newest_valid
 from dstrain.checkpoint.writer import CheckpointWriter
@@ -69,6 +69,7 @@ class Run:
             self._evaluate(0)
         ending = self._loop(stop)
         if ending is Ending.STOPPED:
+            self._require_saved()
             self._say(
                 f"stopped ({stop.reason or 'asked on another rank'}) and saved at step {self.state.step}; the same command goes on"
             )
@@ -76,6 +77,14 @@ class Run:
         if self.parts.finish is not None:
             self._finish(self.parts.finish)
         return ExitCode.COMPLETE
+
+    def _require_saved(self) -> None:
+        """Collective. A stop may only be called saved when the checkpoint of its step is there."""
+        if not self.site.control.from_first(step_folder(self.writer.folder, self.state.step).is_dir()):
+            raise StorageError(
+                f"stopped at step {self.state.step}, which could not be saved (see the errors above): make room or mend the "
+                "disk, then start again; the run goes on from the checkpoint before"
+            )
 
     def _find_checkpoint(self) -> None:
         """Rank 0 scans and verifies; the others open what it found."""

@@ -124,7 +124,10 @@ class Engine:
         self, model: nn.Module, objective: Objective, *, config: EngineConfig, optimizer: OptimizerConfig, control: ControlPlane,
         device: str, precision: Precision, micro_batch: int, accumulation: int, seed: int, raw: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        """Collective. Build the engine; the model's weights as they are now become the fp32 masters, exactly.
+        """Collective. Build the engine around a model in fp32.
+
+        In half precision DeepSpeed starts its fp32 masters from rounded weights; `checkpoint.fragments.EngineState` writes
+        the exact ones into them.
 
         Args:
             model: a MaskedLanguageModel or SequenceClassifier in fp32.
@@ -151,7 +154,6 @@ class Engine:
         guarded = config.zero_stage == 0 and precision == "fp32"
         groups = parameter_groups(module.named_parameters(), weight_decay=optimizer.weight_decay)
         client = build_adamw(optimizer, groups, guarded=guarded)
-        self._peak_groups = len(groups)
         _skip_memory_reports()
         try:
             self.engine, _, _, _ = deepspeed.initialize(model=module, optimizer=client, config=self.ds_config)

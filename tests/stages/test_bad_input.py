@@ -187,3 +187,20 @@ def test_the_resolved_configuration_of_a_run_starts_it_again(finished: Path) -> 
     assert resolved["engine"]["zero_stage"] == 1
     assert resolved["stage"] == "pretrain"
     assert main(["evaluate", str(finished)]) == 0
+
+
+def test_a_stop_whose_save_fails_never_claims_to_have_saved(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dstrain.base.errors import CheckpointError
+    from dstrain.checkpoint.writer import CheckpointWriter
+    from dstrain.health.signals import StopRequest
+
+    def full_disk(*_: object, **__: object) -> Path:
+        raise CheckpointError("the disk is full")
+
+    monkeypatch.setattr(CheckpointWriter, "save", full_disk)
+    monkeypatch.setattr(StopRequest, "reason", property(lambda _: "SIGTERM"))
+    config = write_config(tmp_path / "run.yaml", pretrain_settings(shards, tmp_path / "run"))
+    assert main(["pretrain", str(config)]) == 76
+    assert "could not be saved" in capsys.readouterr().err
