@@ -29,7 +29,7 @@ from dstrain.models.huggingface import (
     reload_logits,
     save_folder,
 )
-from dstrain.stages.initial import best_checkpoint, special_tokens
+from dstrain.stages.initial import best_checkpoint, plain_architecture, special_tokens
 from dstrain.stages.model_card import model_card
 
 TOLERANCE = 1e-5
@@ -104,7 +104,7 @@ def rebuild(checkpoint: Checkpoint, tokenizer: Tokenizer) -> nn.Module:
     manifest = checkpoint.manifest
     config = ModelConfig(config={"model_type": manifest.architecture["model_type"]}, attention="padded", pad_vocab_to=1)
     extra: dict[str, Any] = dict(manifest.extra)
-    architecture = {k: v for k, v in manifest.architecture.items() if k not in _DROPPED}
+    architecture = plain_architecture(manifest.architecture)
     special = special_tokens(tokenizer)
     if manifest.stage == "pretrain":
         module: nn.Module = build_masked_lm(
@@ -121,11 +121,6 @@ def rebuild(checkpoint: Checkpoint, tokenizer: Tokenizer) -> nn.Module:
     if fresh:
         raise CheckpointError(f"{checkpoint.folder}: does not hold {', '.join(fresh)}")
     return module.eval()
-
-
-_DROPPED = (
-    "transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype", "num_labels", "id2label", "label2id", "problem_type",
-)  # fmt: skip
 
 
 def _compare(module: nn.Module, folder: Path, tokenizer: Tokenizer) -> float:

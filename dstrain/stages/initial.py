@@ -80,21 +80,21 @@ def best_checkpoint(run_folder: Path, *, step: int | None = None) -> Checkpoint:
 def _from_checkpoint(checkpoint: Checkpoint) -> Origin:
     tokenizer = checkpoint.folder / "tokenizer"
     manifest = checkpoint.manifest
-    drop = (
-        "transformers_version",
-        "architectures",
-        "_name_or_path",
-        "dtype",
-        "torch_dtype",
-        "num_labels",
-        "id2label",
-        "label2id",
-        "problem_type",
-    )
-    architecture = {key: value for key, value in manifest.architecture.items() if key not in drop}
+    architecture = plain_architecture(manifest.architecture)
     return Origin(
         str(checkpoint.folder), architecture, tokenizer if tokenizer.is_dir() else None, checkpoint, checkpoint.folder
     )
+
+
+_OF_ONE_HEAD_OR_WRITER = (
+    "transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype", "num_labels", "id2label", "label2id",
+    "problem_type",
+)  # fmt: skip
+
+
+def plain_architecture(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """An architecture without what belongs to one head or to the version that wrote it."""
+    return {key: value for key, value in architecture.items() if key not in _OF_ONE_HEAD_OR_WRITER}
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:

@@ -16,7 +16,6 @@ from safetensors import safe_open
 from dstrain.base import storage
 from dstrain.base.errors import CheckpointError
 from dstrain.checkpoint.reader import Checkpoint, newest_valid
-from dstrain.checkpoint.writer import discard_checkpoint
 from tests.support.tiny_checkpoints import content, fragments_of, holds_step, manifest_of, save, state_of, writer_of
 
 
@@ -86,14 +85,6 @@ def test_leftovers_of_killed_saves_are_removed_and_nothing_else(tmp_path: Path) 
     writer_of(tmp_path).remove_leftovers()
     assert content(tmp_path) == before
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
-
-
-def test_the_last_checkpoint_is_never_discarded(tmp_path: Path) -> None:
-    save(tmp_path, 5)
-    save(tmp_path, 6)
-    discard_checkpoint(tmp_path, 5)
-    discard_checkpoint(tmp_path, 6)
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000006"]
 
 
 # --- failing storage -------------------------------------------------------------------------------------------------
