@@ -47,8 +47,8 @@ def model_fields(args: argparse.Namespace) -> dict[str, Any]:
 
 def prepare(folder: Path, vocab_size: int) -> None:
     """Paragraphs, tokenizer and shards, made once for all peers."""
-    from dstrain.data.build import ShardBuildConfig, build_shards
-    from dstrain.data.corpus import CorpusConfig, find_sources, read_documents
+    from dstrain.corpus.build import ShardBuildConfig, build_shards
+    from dstrain.corpus.documents import CorpusConfig, find_sources, read_documents
     from dstrain.data.tokenizer import train_tokenizer
 
     corpus = folder / "paragraphs.jsonl"
