@@ -10,6 +10,7 @@ The codes follow sysexits' EX_TEMPFAIL (75) and up, clear of shell (126-165) and
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Any
 
 
 class ExitCode(IntEnum):
@@ -57,6 +58,21 @@ class ConfigError(DstrainError):
 
 class DataError(DstrainError):
     """A corpus, tokenizer, shard or task file is missing, damaged or does not fit."""
+
+
+class DamagedBlockError(DataError):
+    """A block's bytes are not those that were written; a damage policy may let the run go on without it."""
+
+    def __init__(self, message: str, *, dataset: str = "", block: int = -1) -> None:
+        super().__init__(message)
+        self.dataset, self.block = dataset, block
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_damaged, (str(self), self.dataset, self.block)
+
+
+def _rebuild_damaged(message: str, dataset: str, block: int) -> DamagedBlockError:
+    return DamagedBlockError(message, dataset=dataset, block=block)
 
 
 class CheckpointError(DstrainError):

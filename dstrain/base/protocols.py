@@ -7,7 +7,7 @@ makes it from `cu_seqlens`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,19 +22,52 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class Pieces:
-    """The tokens of one micro-batch before corruption; all arrays (T,), segments back to back."""
+    """The tokens of one micro-batch before corruption: T tokens in N segments back to back, longest first.
 
-    tokens: npt.NDArray[np.int64]
-    """Ids, frame included."""
-    frame: npt.NDArray[np.bool_]
-    """True on the special tokens that frame a piece."""
-    uid: npt.NDArray[np.int64]
-    """Identity of the document: block number · 2^24 + document in block; never depends on packing."""
-    position: npt.NDArray[np.int64]
-    """Token's position in its document (0 on frames)."""
-    word: npt.NDArray[np.int64] | None
-    """Position in the document of the first token of this token's word, where the tokenizer tells."""
-    epoch: npt.NDArray[np.int64]
+    A segment is one piece of a document inside its frame of special tokens. What is the same for a whole segment is kept
+    once for it; the properties spell it out for each token.
+    """
+
+    tokens: npt.NDArray[Any]
+    """(T,) ids, frames included; unsigned integers as stored."""
+    offsets: npt.NDArray[np.int64]
+    """(T,) position inside the segment, from 0, frame included."""
+    lengths: npt.NDArray[np.int64]
+    """(N,) tokens of each segment, frame included, descending."""
+    documents: npt.NDArray[np.int64]
+    """(N,) identity of the document: block number · 2^24 + document in block, XOR its source's salt; a 64-bit pattern."""
+    starts: npt.NDArray[np.int64]
+    """(N,) position in its document of the segment's first content token."""
+    epochs: npt.NDArray[np.int64]
+    """(N,) epoch of the source."""
+    head: int
+    """Special tokens before the content of each segment."""
+    tail: int
+    """Special tokens after it."""
+    word_begins: npt.NDArray[np.bool_] | None = None
+    """(T,) True where a word begins and at each segment's first content token, False on frames; None without words."""
+    first_words: npt.NDArray[np.int64] | None = None
+    """(N,) number, in its document, of the word that the segment's first content token belongs to."""
+
+    @property
+    def frame(self) -> npt.NDArray[np.bool_]:
+        """(T,) True on the special tokens that frame a segment."""
+        return (self.offsets < self.head) | (self.offsets >= np.repeat(self.lengths - self.tail, self.lengths))
+
+    @property
+    def uid(self) -> npt.NDArray[np.int64]:
+        """(T,) identity of each token's document."""
+        return np.repeat(self.documents, self.lengths)
+
+    @property
+    def position(self) -> npt.NDArray[np.int64]:
+        """(T,) each token's position in its document; 0 on frames."""
+        return np.where(self.frame, 0, self.offsets - self.head + np.repeat(self.starts, self.lengths))
+
+    @property
+    def epoch(self) -> npt.NDArray[np.int64]:
+        """(T,) epoch of each token."""
+        return np.repeat(self.epochs, self.lengths)
 
 
 @dataclass(frozen=True)
@@ -49,7 +82,12 @@ class Corrupted:
     """(M,) true ids there."""
 
 
-Corrupt = Callable[[Pieces], Corrupted]
+class Corrupt(Protocol):
+    """What the objective does to a micro-batch before the model sees it; a pure function of pieces and step."""
+
+    def __call__(self, pieces: Pieces, *, step: int) -> Corrupted:
+        """Corrupt the pieces; `step` counts optimizer steps from 0 and matters only where a rate follows a schedule."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -96,6 +134,8 @@ class StepData:
     """Sum over this rank's rows of mix(row identity, masks, step) modulo 2^63: world-independent when added over ranks."""
     epoch: float
     """Epochs completed when this step is done."""
+    damaged: tuple[tuple[str, int], ...] = ()
+    """(source, block) of blocks this rank could not read and did without."""
 
 
 class Loader(Protocol):
@@ -111,8 +151,20 @@ class Loader(Protocol):
         """A few JSON-able integers and fingerprints that pin the data order; no buffers."""
         ...
 
-    def check_state(self, state: Mapping[str, Any]) -> None:
-        """Refuse, with a diff, a state of another dataset, order or batch size."""
+    def restore(self, state: Mapping[str, Any], *, step: int, accept_new_data: bool = False) -> str | None:
+        """Go on after `step` steps; refuse, with a diff, a state of other data, unless that is accepted and recorded.
+
+        Returns:
+            What differs when other data was accepted.
+        """
+        ...
+
+    def num_micro_batches(self, step: int) -> int:
+        """Forwards of a step, the same on every rank."""
+        ...
+
+    def close_blocks(self, blocks: Sequence[tuple[str, int]], *, from_step: int) -> Sequence[tuple[str, int, int]]:
+        """Do without damaged blocks from a step on; the same call on every rank. Returns the newly closed ones."""
         ...
 
 

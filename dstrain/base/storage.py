@@ -2,7 +2,7 @@
 
 Small files are written beside their place, fsynced and renamed; directories are filled under a staging name and
 published with one rename, then the parent is fsynced. Readers elsewhere trust only what a manifest vouches for. Remote
-stores come through this door with a later issue; nothing above it opens a file for writing by itself, except the
+stores are only read, through `base.remote`; nothing above it opens a file for writing by itself, except the
 append-only event log.
 """
 

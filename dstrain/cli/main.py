@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dstrain.base.errors import DstrainError, PeerError
-from dstrain.cli import demo, export, shards, tokenizer, training
+from dstrain.cli import audit, demo, export, shards, tokenizer, training
 
 _EPILOG = """
 the way from text to a model:
@@ -21,6 +21,7 @@ the way from text to a model:
   dstrain export runs/bert-base --out hf/
   deepspeed --num_gpus 8 launch/finetune.py --config configs/finetune/sst2.yaml model.init_from=runs/bert-base
   tensorboard --logdir runs/
+  dstrain audit runs/bert-base                  (what was it trained on?)
 
 exit codes: 0 complete, 75 saved on request (start again to go on), 78 wrong configuration or data,
 80 run folder in use, 81 nothing to resume; all of them in docs/exit-codes.md
@@ -36,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    for module in (tokenizer, shards, training, export, demo):
+    for module in (tokenizer, shards, training, audit, export, demo):
         module.add_parser(subparsers)
     return parser
 

@@ -1,27 +1,15 @@
-"""`dstrain shards build|inspect|verify`: text to WebDataset shards, and a look at them."""
+"""`dstrain shards`: registers the commands for shards; inspect and verify are here, the others in modules of their own."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from dstrain.base.errors import ExitCode
-from dstrain.cli.tokenizer import add_corpus_arguments, corpus_settings
+from dstrain.cli import shards_bench, shards_build, shards_foreign
 
-_BUILD_EPILOG = """
-examples:
-  dstrain shards build --input 'corpus/*.jsonl.gz' --tokenizer tok/ --out shards/
-  dstrain shards build --input table.csv --text-field body --tokenizer tok/ --workers 8 --out shards/
-  dstrain shards build --input hf:Salesforce/wikitext/wikitext-2-raw-v1 --tokenizer tok/ --out shards/
-
-Writes shards/train, shards/validation (held out by document hash) and shards/tokenizer; the training configuration
-names them with data.path: shards/. The same inputs and settings give the same bytes, in any order, with any number of
-workers. Exact duplicates are dropped. Nothing appears under --out before everything is complete; the same command
-again finds the finished folder.
-"""
 _INSPECT_EPILOG = """
 examples:
   dstrain shards inspect shards/              both splits
@@ -40,7 +28,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Register `shards build`, `shards inspect` and `shards verify`."""
     parser = subparsers.add_parser("shards", help="build, look at and verify training shards")
     commands = parser.add_subparsers(title="commands", dest="action", required=True, metavar="ACTION")
-    _add_build(commands)
+    shards_build.add_command(commands)
+    shards_foreign.add_commands(commands)
+    shards_bench.add_commands(commands)
     inspect = commands.add_parser(
         "inspect",
         help="what is in a shards folder",
@@ -63,64 +53,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     verify.set_defaults(run=run_verify)
 
 
-def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    build = commands.add_parser(
-        "build",
-        help="text to shards",
-        description="Tokenise text into WebDataset shards of whole documents.",
-        epilog=_BUILD_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_corpus_arguments(build)
-    build.add_argument("--tokenizer", required=True, type=Path, help="tokenizer folder")
-    build.add_argument("--out", required=True, type=Path, help="folder to write")
-    build.add_argument("--seed", type=int, default=0, help="seed of the global shuffle (default 0)")
-    build.add_argument(
-        "--validation-fraction", type=float, default=0.01, help="share of documents held out (default 0.01, 0 for none)"
-    )
-    build.add_argument("--block-tokens", type=int, default=131072, help="tokens of a block (default 131072)")
-    build.add_argument("--shard-mb", type=int, default=512, help="size of a shard in MiB (default 512)")
-    build.add_argument("--workers", type=int, default=1, help="tokenising processes (default 1, which uses threads)")
-    build.add_argument("--keep-duplicates", action="store_true", help="keep documents that are equal byte for byte")
-    build.add_argument("--overwrite", action="store_true", help="replace shards built from something else")
-    build.set_defaults(run=run_build)
-
-
-def run_build(args: argparse.Namespace) -> int:
-    """Build and say what came out."""
-    from dstrain.base.config import validate
-    from dstrain.data.build import ShardBuildConfig, build_shards
-
-    settings = {
-        "corpus": corpus_settings(args),
-        "seed": args.seed,
-        "block_tokens": args.block_tokens,
-        "shard_bytes": args.shard_mb << 20,
-        "validation_fraction": args.validation_fraction,
-        "deduplicate": not args.keep_duplicates,
-        "workers": args.workers,
-    }
-    config = validate(ShardBuildConfig, settings, source="command line")
-    report = build_shards(args.input, tokenizer=args.tokenizer, out=args.out, config=config, overwrite=args.overwrite)
-    if report.reused:
-        print(f"{args.out}: exists already, from the same inputs and settings; nothing to do", file=sys.stderr)
-    print(f"shards       {args.out}")
-    for name, manifest in (("train", report.train), ("validation", report.validation)):
-        if manifest is not None:
-            print(
-                f"{name:12} {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens, "
-                f"{manifest.num_blocks:,} blocks, {len(manifest.shards):,} shards"
-            )
-    dropped = {name: report.counts.get(name, 0) for name in ("duplicates", "empty")}
-    print(f"left out     {dropped['duplicates']:,} duplicates, {dropped['empty']:,} empty documents")
-    return ExitCode.COMPLETE
-
-
 def run_inspect(args: argparse.Namespace) -> int:
     """Describe a dataset."""
     from dstrain.data.inspect import inspect_dataset
+    from dstrain.foreign.open import open_dataset
 
-    found = inspect_dataset(args.path, num_samples=args.samples)
+    found = inspect_dataset(args.path, num_samples=args.samples, open_split=open_dataset)
     if args.json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
         return ExitCode.COMPLETE
@@ -150,8 +88,9 @@ def _print_split(name: str, split: dict[str, Any]) -> None:
 def run_verify(args: argparse.Namespace) -> int:
     """Check a dataset; the exit code tells."""
     from dstrain.data.inspect import verify_dataset
+    from dstrain.foreign.verify import is_index, verify_index
 
-    report = verify_dataset(args.path)
+    report = verify_index(args.path) if is_index(args.path) else verify_dataset(args.path)
     for problem in report.problems:
         print(problem)
     size = f"{report.num_shards:,} shards, {report.num_blocks:,} blocks, {report.num_bytes:,} bytes"

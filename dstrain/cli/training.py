@@ -72,6 +72,11 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="JSON laid over the `deepspeed:` section",
     )
     parser.add_argument(
+        "--accept-new-data",
+        action="store_true",
+        help="resume although the shards or their order changed since the checkpoint; recorded as a new phase of the run",
+    )
+    parser.add_argument(
         "--deepspeed", action="store_true", help=argparse.SUPPRESS
     )  # the ecosystem's flag; always on here
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
@@ -133,6 +138,8 @@ def _said_once(world: World, read: Callable[[], ResultT]) -> ResultT:
 
 def _stage_config(args: argparse.Namespace) -> Any:
     path, overrides = _split_items(args)
+    if args.accept_new_data:
+        overrides.append("train.accept_new_data=true")
     return load_stage_config(args.stage, path, overrides, overlay=args.deepspeed_config)
 
 

@@ -4,21 +4,23 @@ One record is `{shard u32, off u64, len u32, raw_len u32, tokens u32, docs u32, 
 `off` is the position in the tar of the first byte of the `tokens.npy` payload, `len` its stored and `raw_len` its
 uncompressed length, `ends_off` how far before `off` the `ends.npy` payload begins. `crc32` covers the one stretch of
 bytes from the first of the `ends.npy` payload to the last of the `tokens.npy` payload, tar header and padding between
-included, so one read checks a whole block. `flags` has two halves: the low 16 bits are 0 (bit 0 is kept for zstd), the
-high 16 bits are the low 16 bits of the crc32 of the `ends.npy` payload with its padding to the tar header, so that the
-ends can be checked without reading the tokens. The same records stand in each shard's tail member, so a lone tar
-describes itself. Opens no shard.
+included, so one read checks a whole block. `flags` has two halves. Of the low 16 bits, bit 0 says that the payload is
+`tokens.npy.zst`, one zstd frame with its content size declared, and the others are 0; `len` is then the size of the
+frame and `raw_len` that of the npy inside, while `crc32` always covers the stored bytes. The high 16 bits are the low
+16 bits of the crc32 of the `ends.npy` payload with its padding to the tar header, so that the ends can be checked
+without reading the tokens. The same records stand in each shard's tail member, so a lone tar describes itself. Opens no
+shard.
 """
 
 from __future__ import annotations
 
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dstrain.base.checksums import crc32
 from dstrain.base.errors import DataError
 
 INDEX_NAME = "blocks.idx"
@@ -39,6 +41,8 @@ RECORD = np.dtype(
 
 FLAG_MASK = 0xFFFF
 """The half of `flags` that tells how a block is stored."""
+FLAG_ZSTD = 1
+"""The tokens are stored as one zstd frame."""
 TAR_UNIT = 512
 """Tar headers and the padding of payloads, in bytes."""
 MAX_MEMBER_BYTES = 64 << 20
@@ -47,7 +51,7 @@ MAX_MEMBER_BYTES = 64 << 20
 
 def ends_checksum(data: bytes | memoryview) -> int:
     """The high half of `flags` for the bytes from the `ends.npy` payload up to the next tar header."""
-    return zlib.crc32(data) & 0xFFFF
+    return crc32(data) & 0xFFFF
 
 
 def read_index(path: Path, *, num_blocks: int) -> npt.NDArray[Any]:
@@ -100,19 +104,21 @@ def check_records(
     end = records["off"].astype(np.int64) + records["len"].astype(np.int64)
     known = shard < len(shard_bytes)
     limit = shard_bytes[np.where(known, shard, 0)] if len(shard_bytes) else np.zeros(len(records), dtype=np.int64)
+    kind = records["flags"] & FLAG_MASK
     same_shard = shard[1:] == shard[:-1]
     # Comparisons, not differences: a hostile 64-bit offset must not wrap around.
     problems = {
         "points at an unknown shard": ~known,
         "lies outside its shard": (records["off"] > np.uint64(1 << 62)) | (start < 0) | (end > limit),
         "is larger than a member may be": (records["len"] > MAX_MEMBER_BYTES)
+        | (records["raw_len"] > MAX_MEMBER_BYTES)
         | (records["ends_off"] > MAX_MEMBER_BYTES),
         "has no place for its document ends": records["ends_off"] < 2 * TAR_UNIT,
         "has an impossible number of tokens": (
             records["tokens"].astype(np.int64) * token_bytes >= records["raw_len"].astype(np.int64)
         ),
         "has an impossible number of documents": (records["docs"] == 0) | (records["docs"] > records["tokens"]),
-        "is stored in an unknown way": (records["flags"] & FLAG_MASK != 0) | (records["len"] != records["raw_len"]),
+        "is stored in an unknown way": (kind > FLAG_ZSTD) | ((kind == 0) & (records["len"] != records["raw_len"])),
         "is out of order": np.concatenate([[False], shard[1:] < shard[:-1]])[: len(records)],
         "overlaps the block before it": np.concatenate([[False], same_shard & (start[1:] < end[:-1])])[: len(records)],
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,13 +72,16 @@ def find_tokenizer(path: Path) -> Path | None:
     return None
 
 
-def inspect_dataset(path: Path, *, num_samples: int = 3, sample_tokens: int = 40) -> dict[str, Any]:
+def inspect_dataset(
+    path: Path, *, num_samples: int = 3, sample_tokens: int = 40, open_split: Callable[[Path], Any] = ShardDataset
+) -> dict[str, Any]:
     """Describe a dataset, or each split of a shards folder.
 
     Args:
         path: a dataset folder or the folder of both splits.
         num_samples: first documents to decode.
         sample_tokens: tokens of each shown.
+        open_split: opens one split; another one than `ShardDataset` for datasets of another kind.
 
     Returns:
         JSON-able: `path`, `tokenizer` (folder or None) and `splits`, which maps a name to counts, sizes, `lengths`
@@ -91,7 +94,7 @@ def inspect_dataset(path: Path, *, num_samples: int = 3, sample_tokens: int = 40
     folder = find_tokenizer(folders[0])
     tokenizer = Tokenizer.load(folder) if folder is not None else None
     splits = {
-        found.name: _describe(ShardDataset(found), tokenizer, num_samples=num_samples, sample_tokens=sample_tokens)
+        found.name: _describe(open_split(found), tokenizer, num_samples=num_samples, sample_tokens=sample_tokens)
         for found in folders
     }
     return {"path": str(path), "tokenizer": str(folder) if folder is not None else None, "splits": splits}
@@ -225,14 +228,17 @@ def _verify_shard(path: Path, entry: ShardEntry, records: npt.NDArray[Any]) -> I
         return
     offsets = records["off"].astype(np.int64)
     wanted = {int(o): int(n) for o, n in zip(offsets, records["len"])}
-    found = {offset: length for name, (offset, length) in members.items() if name.endswith(".tokens.npy")}
+    suffixes = (".tokens.npy", ".tokens.npy.zst")
+    found = {offset: length for name, (offset, length) in members.items() if name.endswith(suffixes)}
     if wanted != found:
         yield f"{path}: the tar's members do not lie where the index says"
     ends = {offset for name, (offset, _) in members.items() if name.endswith(".ends.npy")}
     if ends != {int(o) for o in offsets - records["ends_off"].astype(np.int64)}:
         yield f"{path}: the document ends do not lie where the index says"
     try:
-        if not np.array_equal(parse_records(tail, source=str(path)), records):
+        own = parse_records(tail, source=str(path)).copy()
+        own["shard"] = records["shard"][0]  # a shard counts within the task that wrote it, before all were put together
+        if not np.array_equal(own, records):
             yield f"{path}: the shard's own index differs from {INDEX_NAME}"
     except DataError as error:
         yield str(error)

@@ -26,11 +26,13 @@ Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Strict(BaseModel):
+class StrictModel(BaseModel):
+    """Data from a file that is believed field by field: nothing unknown, nothing converted."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
-class ShardEntry(_Strict):
+class ShardEntry(StrictModel):
     """One tar file of the dataset."""
 
     name: str
@@ -49,7 +51,7 @@ class ShardEntry(_Strict):
         return self
 
 
-class Manifest(_Strict):
+class Manifest(StrictModel):
     """A dataset's table of contents."""
 
     format_version: Literal[1]
@@ -76,21 +78,30 @@ class Manifest(_Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
-        names = [shard.name for shard in self.shards]
-        if len(set(names)) != len(names):
-            raise ValueError("a shard name stands twice")
-        for field, total in (("num_tokens", "tokens"), ("num_documents", "documents"), ("num_blocks", "blocks")):
-            found = sum(getattr(shard, total) for shard in self.shards)
-            if found != getattr(self, field):
-                raise ValueError(f"{field} is {getattr(self, field)}, but the shards add up to {found}")
-        if any(i >= self.vocab_size for i in (*self.frame_prefix, *self.frame_suffix, *self.special_ids)):
-            raise ValueError(f"a special id is not below vocab_size {self.vocab_size}")
-        if self.vocab_size > 1 << 16 and self.dtype == "uint16":
-            raise ValueError(f"vocab_size {self.vocab_size} does not fit uint16")
+        check_totals(self)
         expected = content_fingerprint(self.model_dump(mode="json"))
         if self.fingerprint != expected:
             raise ValueError(f"fingerprint is not that of the content ({expected}): the manifest was edited or damaged")
         return self
+
+
+def check_totals(manifest: Any) -> None:
+    """What every table of contents must fulfil: shards that stand once and add up, special ids and a dtype that fit.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    names = [shard.name for shard in manifest.shards]
+    if len(set(names)) != len(names):
+        raise ValueError("a shard name stands twice")
+    for field, part in (("num_tokens", "tokens"), ("num_documents", "documents"), ("num_blocks", "blocks")):
+        found = sum(getattr(shard, part) for shard in manifest.shards)
+        if found != getattr(manifest, field):
+            raise ValueError(f"{field} is {getattr(manifest, field)}, but the shards add up to {found}")
+    if any(i >= manifest.vocab_size for i in (*manifest.frame_prefix, *manifest.frame_suffix, *manifest.special_ids)):
+        raise ValueError(f"a special id is not below vocab_size {manifest.vocab_size}")
+    if manifest.vocab_size > 1 << 16 and manifest.dtype == "uint16":
+        raise ValueError(f"vocab_size {manifest.vocab_size} does not fit uint16")
 
 
 def content_fingerprint(content: dict[str, Any]) -> str:
@@ -115,11 +126,19 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     if not path.exists():
         raise DataError(_missing(folder))
-    data = read_json(path)
+    return parse_manifest(read_json(path), source=str(path))
+
+
+def parse_manifest(data: Any, *, source: str) -> Manifest:
+    """Check a manifest that was parsed from JSON.
+
+    Raises:
+        DataError: it is of another format version, or breaks a bound; the message names `source` and the key.
+    """
     version = data.get("format_version") if isinstance(data, dict) else None
     if version != FORMAT_VERSION:
         raise DataError(
-            f"{path}: format_version is {version!r}, this dstrain reads {FORMAT_VERSION}. "
+            f"{source}: format_version is {version!r}, this dstrain reads {FORMAT_VERSION}. "
             "Build the dataset again with `dstrain shards build`"
         )
     try:
@@ -129,7 +148,7 @@ def read_manifest(folder: Path) -> Manifest:
         key = ".".join(str(part) for part in first["loc"])
         reason = str(first.get("ctx", {}).get("error", first["msg"]))
         raise DataError(
-            f"{path}: {key + ': ' if key else ''}{reason}. The manifest is damaged: copy or build the dataset again"
+            f"{source}: {key + ': ' if key else ''}{reason}. The manifest is damaged: copy or build the dataset again"
         ) from None
 
 

@@ -1,58 +1,62 @@
-"""A background thread that makes steps ahead of the training loop; order and content never depend on it.
+"""Background threads that make steps ahead of the training loop; order and content never depend on them.
 
 Threads, not processes: reading, packing and masking are NumPy work that releases the GIL, nothing outlives a kill, and no
-stop signal can reach a worker (docs/architecture.md).
+stop signal can reach a worker (docs/architecture.md). What is made ahead is bounded in steps and in bytes.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Iterator
 from types import TracebackType
 
 from dstrain.base.protocols import Loader, StepData
 
-_POLL_S = 0.1
+_JOIN_S = 30
 
 
 class Prefetcher:
-    """Iterates `(step, data)` from `first_step` on, without end. Use as a context manager, so that the thread stops."""
+    """Iterates `(step, data)` from `first_step` on, in order. Use as a context manager, so that the threads stop."""
 
-    def __init__(self, loader: Loader, *, first_step: int, last_step: int, depth: int) -> None:
+    def __init__(
+        self, loader: Loader, *, first_step: int, last_step: int, depth: int, threads: int = 1, limit_bytes: int = 1 << 62
+    ) -> None:  # fmt: skip
         """Start making steps [first_step, last_step).
 
         Args:
             loader: the pure loader.
             first_step: the step to start at.
             last_step: one past the last step that will be asked for.
-            depth: steps made ahead; 0 makes each when it is asked for.
+            depth: steps made or being made ahead of the one last handed out; 0 makes each when it is asked for.
+            threads: how many make steps; more than `depth` are of no use.
+            limit_bytes: no further step is begun while the finished ones hold more than this.
         """
         self._loader, self._next, self._last = loader, first_step, last_step
-        self._queue: queue.Queue[tuple[int, StepData] | BaseException] | None = None
-        self._stopping = threading.Event()
-        self._failure: BaseException | None = None
-        self._thread: threading.Thread | None = None
-        if depth > 0 and first_step < last_step:
-            self._queue = queue.Queue(maxsize=depth)
-            self._thread = threading.Thread(
-                target=self._fill, args=(self._queue,), name="dstrain-prefetch", daemon=True
-            )
-            self._thread.start()
+        self._depth, self._limit = depth, limit_bytes
+        self._begun = first_step
+        self._held = 0
+        self._made: dict[int, StepData | BaseException] = {}
+        self._failed: BaseException | None = None
+        self._stopping = False
+        self._changed = threading.Condition()
+        count = min(threads, depth) if first_step < last_step else 0
+        self._threads = [
+            threading.Thread(target=self._work, name=f"dstrain-prefetch-{number}", daemon=True)
+            for number in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def __iter__(self) -> Iterator[tuple[int, StepData]]:
         while self._next < self._last:
-            if self._failure is not None:  # the thread has ended: nothing more would ever come
-                raise self._failure
-            if self._queue is None:
-                item: tuple[int, StepData] | BaseException = (self._next, self._loader.step(self._next))
-            else:
-                item = self._queue.get()
+            if self._failed is not None:  # nothing after a step that could not be made
+                raise self._failed
+            step = self._next
+            item = self._take(step) if self._threads else self._make(step)
             if isinstance(item, BaseException):
-                self._failure = item
+                self._failed = item
                 raise item
-            self._next += 1
-            yield item
+            yield step, item
 
     def __enter__(self) -> Prefetcher:
         return self
@@ -60,25 +64,68 @@ class Prefetcher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stopping.set()
-        if self._thread is not None:
-            self._thread.join(timeout=30)
+        with self._changed:
+            self._stopping = True
+            self._made.clear()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(timeout=_JOIN_S)
 
-    def _fill(self, target: queue.Queue[tuple[int, StepData] | BaseException]) -> None:
-        step = self._next
+    def _make(self, step: int) -> StepData | BaseException:
         try:
-            while step < self._last and not self._stopping.is_set():
-                self._put(target, (step, self._loader.step(step)))
-                step += 1
-        except BaseException as error:  # noqa: BLE001  (carried to the loop, which raises it in its own thread)
-            self._put(target, error)
+            self._next = step + 1
+            return self._loader.step(step)
+        except Exception as error:  # noqa: BLE001  (raised by the caller, and again for whoever asks once more)
+            return error
 
-    def _put(
-        self, target: queue.Queue[tuple[int, StepData] | BaseException], item: tuple[int, StepData] | BaseException
-    ) -> None:
-        while not self._stopping.is_set():
+    def _take(self, step: int) -> StepData | BaseException:
+        with self._changed:
+            self._changed.wait_for(lambda: step in self._made)
+            item = self._made.pop(step)
+            self._next = step + 1
+            if not isinstance(item, BaseException):
+                self._held -= size_bytes(item)
+            self._changed.notify_all()
+        return item
+
+    def _work(self) -> None:
+        while (step := self._begin()) is not None:
+            fault: BaseException | None = None
             try:
-                target.put(item, timeout=_POLL_S)
+                data = self._loader.step(step)
+                size = size_bytes(data)
+            except BaseException as error:  # noqa: BLE001  (carried to the loop, which raises it in its own thread)
+                fault = error
+            with self._changed:
+                self._made[step] = data if fault is None else fault
+                self._held += size if fault is None else 0
+                self._changed.notify_all()
+            if fault is not None:
                 return
-            except queue.Full:
-                continue
+
+    def _begin(self) -> int | None:
+        """The next step to make, once there is room for it; None when there is nothing more to do."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._stopping or self._begun >= self._last or (self._has_room() and not self._has_fault())
+            )
+            if self._stopping or self._begun >= self._last:
+                return None
+            self._begun += 1
+            return self._begun - 1
+
+    def _has_room(self) -> bool:
+        ahead = self._begun - self._next
+        return ahead < self._depth and (self._held <= self._limit or ahead == 0)
+
+    def _has_fault(self) -> bool:
+        return any(isinstance(item, BaseException) for item in self._made.values())
+
+
+def size_bytes(data: StepData) -> int:
+    """Bytes of a step's tensors."""
+    total = 0
+    for batch in data.micro_batches:
+        for tensor in (batch.tokens, batch.positions, batch.targets, batch.labels, batch.token_types):
+            total += tensor.numel() * tensor.element_size() if tensor is not None else 0
+    return total

@@ -26,7 +26,10 @@ _LOG = get_logger(__name__)
 class BlockEnds(Protocol):
     """What the index needs of a dataset."""
 
-    path: Path
+    @property
+    def notes_folder(self) -> Path | None:
+        """Where small files about the dataset may be kept, if anywhere."""
+        ...
 
     def ends(self, block: int) -> npt.NDArray[np.uint32]:
         """Cumulative document ends of a block."""
@@ -46,9 +49,10 @@ def rows_per_block(
         frame_length: special tokens added to each piece.
         may_write: keep the result beside the shards (one rank only).
     """
-    path = dataset.path / f"rows-S{sequence_length}.v{PACKER_VERSION}.idx"
+    folder = dataset.notes_folder
+    path = folder / f"rows-S{sequence_length}.v{PACKER_VERSION}.idx" if folder is not None else None
     key = f"{fingerprint}|{sequence_length}|{frame_length}|{PACKER_VERSION}|".encode()
-    cached = _read(path, key, num_blocks)
+    cached = _read(path, key, num_blocks) if path is not None else None
     if cached is not None:
         return cached
     blocks = track(
@@ -59,7 +63,7 @@ def rows_per_block(
         for block in blocks
     ]
     rows = np.array(counts, dtype=np.int64)
-    if may_write:
+    if may_write and path is not None:
         try:
             body = rows.astype("<u4").tobytes()
             write_bytes(path, _MAGIC + hashlib.sha256(key + body).digest() + body)

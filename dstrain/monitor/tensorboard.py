@@ -37,6 +37,7 @@ _LAYOUT = {
         "tokens": ["Multiline", ["progress/tokens"]],
         "epoch": ["Multiline", ["progress/epoch"]],
         "cost, US dollars": ["Multiline", ["cost/usd"]],
+        "ledger, low 24 bits: equal curves, equal data": ["Multiline", ["ledger/total"]],
     },
 }
 
@@ -85,6 +86,10 @@ class TensorBoard:
                 writer.add_scalar(name, value, step)
 
         self._attempt(work)
+
+    def text(self, step: int, title: str, text: str) -> None:
+        """Write Markdown under a title of TensorBoard's text page at `step`."""
+        self._attempt(lambda writer: writer.add_text(title, text, step))
 
     def close(self) -> None:
         """Write out what is queued and close the file; writing again opens a new one."""

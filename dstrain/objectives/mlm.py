@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dstrain.base.protocols import IGNORED_LABEL, LossParts, MicroBatch
-from dstrain.objectives.masking import MaskingConfig
+from dstrain.objectives.masking_config import MaskingConfig
 
 
 class MlmConfig(MaskingConfig):

@@ -12,13 +12,13 @@ import numpy.typing as npt
 UInt32 = npt.NDArray[np.uint32]
 UInt64 = npt.NDArray[np.uint64]
 
-_MULTIPLIER_0, _MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
-_CHUNK = 16384
-"""Counters computed at once: six uint64 arrays of this size stay in a core's second-level cache."""
-_LOW = np.uint64(0xFFFFFFFF)
-_HALF = np.uint64(32)
+_CHUNK = 8192
+"""Counters computed at once: the uint64 arrays of this size stay in a core's second-level cache."""
+_MULTIPLIER_0, _MULTIPLIER_1 = (np.array(constant, dtype=np.uint64) for constant in MULTIPLIERS)
+_LOW, _HALF = np.array(0xFFFFFFFF, dtype=np.uint64), np.array(32, dtype=np.uint64)
 
 
 def philox4x32(
@@ -37,7 +37,7 @@ def philox4x32(
     shape, flat = words[0].shape, [word.ravel() for word in words]
     size = flat[0].size
     result = tuple(np.empty(size, dtype=np.uint32) for _ in range(4))
-    keys = _round_keys(key)
+    keys = [np.array(word, dtype=np.uint64) for pair in round_keys(key) for word in pair]
     for first in range(0, size, _CHUNK):
         part = slice(first, first + _CHUNK)
         state = [word[part].astype(np.uint64) for word in flat]
@@ -47,28 +47,30 @@ def philox4x32(
     return tuple(word.reshape(shape) for word in result)
 
 
-def _round_keys(key: int) -> list[tuple[np.uint64, np.uint64]]:
+def round_keys(key: int) -> list[tuple[int, int]]:
+    """The two 32-bit key words of each round."""
     low, high = key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF
-    return [
-        (np.uint64((low + i * _WEYL_0) & 0xFFFFFFFF), np.uint64((high + i * _WEYL_1) & 0xFFFFFFFF))
-        for i in range(_ROUNDS)
-    ]
+    return [((low + i * _WEYL_0) & 0xFFFFFFFF, (high + i * _WEYL_1) & 0xFFFFFFFF) for i in range(_ROUNDS)]
 
 
-def _scramble(state: list[UInt64], keys: list[tuple[np.uint64, np.uint64]]) -> None:
-    """Ten rounds in place: every temporary is reused, because page faults on fresh ones cost more than the arithmetic."""
+def _scramble(state: list[UInt64], keys: list[UInt64]) -> None:
+    """Ten rounds in place.
+
+    Every temporary is reused, because page faults on fresh ones cost more than the arithmetic; constants are arrays, because
+    on a small state turning a scalar into one costs as much as the arithmetic.
+    """
     for word in state:
-        word &= _LOW
+        np.bitwise_and(word, _LOW, out=word)
     c0, c1, c2, c3 = state
     product_0, product_1 = np.empty_like(c0), np.empty_like(c0)
-    for key_0, key_1 in keys:
+    for key_0, key_1 in zip(keys[::2], keys[1::2]):
         np.multiply(c0, _MULTIPLIER_0, out=product_0)
         np.multiply(c2, _MULTIPLIER_1, out=product_1)
         np.right_shift(product_1, _HALF, out=c0)
-        c0 ^= c1
-        c0 ^= key_0
+        np.bitwise_xor(c0, c1, out=c0)
+        np.bitwise_xor(c0, key_0, out=c0)
         np.bitwise_and(product_1, _LOW, out=c1)
         np.right_shift(product_0, _HALF, out=c2)
-        c2 ^= c3
-        c2 ^= key_1
+        np.bitwise_xor(c2, c3, out=c2)
+        np.bitwise_xor(c2, key_1, out=c2)
         np.bitwise_and(product_0, _LOW, out=c3)

@@ -48,6 +48,8 @@ class Assembly:
     """Micro-batches of a step, the same on every rank."""
     tokenizer_folder: Path
     prefetch_steps: int
+    prefetch_threads: int = 1
+    prefetch_bytes: int = 1 << 62
     evaluate: Callable[[Engine], dict[str, float]] | None = None
     """Collective; the metrics of the held-out data, the same on every rank."""
     deciding_metric: str | None = None

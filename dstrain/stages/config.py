@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from dstrain.base.config import Config
 from dstrain.checkpoint.writer import CheckpointConfig
-from dstrain.data.loader import DataConfig
+from dstrain.data.config import DataConfig
 from dstrain.models.config import ModelConfig
 from dstrain.monitor.config import MonitorConfig
 from dstrain.objectives.mlm import MlmConfig

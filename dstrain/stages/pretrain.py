@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 
-from dstrain.base.errors import ConfigError, DataError, ExitCode
+from dstrain.base.errors import ConfigError, DamagedBlockError, ExitCode
+from dstrain.base.protocols import MicroBatch
 from dstrain.base.world import World
-from dstrain.data.loader import PackedLoader, RowSource, evaluation_batches
-from dstrain.data.plan import Plan, num_micro_batches
-from dstrain.data.reader import ShardDataset
-from dstrain.data.row_index import rows_per_block
+from dstrain.data.evaluation import evaluation_batches
 from dstrain.data.tokenizer import Tokenizer
 from dstrain.models.encoders import MaskedLanguageModel
 from dstrain.models.huggingface import build_masked_lm, facts, initialise
-from dstrain.objectives.masking import Masking
 from dstrain.objectives.mlm import MlmObjective
 from dstrain.stages.assembly import Assembly, Site, seed_weights
 from dstrain.stages.config import PretrainConfig
 from dstrain.stages.initial import find_origin, special_tokens
 from dstrain.stages.training import run_training
+from dstrain.stages.training_data import (
+    VALIDATION,
+    TrainingData,
+    count_rows,
+    open_split,
+    open_training_data,
+    row_source,
+    source_paths,
+    training_masking,
+)
 from dstrain.train.engine import Engine
 
 _UNIGRAM_SAMPLE_TOKENS = 4_000_000
@@ -38,36 +44,33 @@ def assemble(config: PretrainConfig, site: Site) -> Assembly:
     Raises:
         DstrainError: data, tokenizer, model or settings do not fit together.
     """
-    tokenizer = load_tokenizer(config.data.path)
-    dataset = open_split(config.data.path, "train", tokenizer)
-    source = row_source(config, dataset, tokenizer)
-    rows = _rows(dataset, source, site.world)
-    masking = _masking(config, tokenizer, stream="train")
-    plan = Plan(
-        rows, seed=config.seed, source="train", global_batch=config.train.global_batch,
-        lanes=config.data.lanes, window_rows=config.data.window_rows,
-    )  # fmt: skip
-    micro = config.train.micro_batch
-    loader = PackedLoader(source, plan, masking, corruption=masking.description, world=site.world, micro_batch=micro)
-    model = build_model(config, tokenizer)
-    epochs = config.train.max_steps / loader.steps_per_epoch
+    data = open_training_data(config, site.world)
     return Assembly(
         stage="pretrain",
-        model=model,
+        model=build_model(config, data.tokenizer),
         objective=MlmObjective(),
-        loader=loader,
+        loader=data.loader,
         max_steps=config.train.max_steps,
-        accumulation=num_micro_batches(config.train.global_batch, micro_batch=micro, world_size=site.world.size),
-        tokenizer_folder=tokenizer.folder,
+        accumulation=data.loader.num_micro_batches(0),
+        tokenizer_folder=data.tokenizer.folder,
         prefetch_steps=config.data.prefetch_steps,
-        evaluate=Evaluation(config, tokenizer, site.world, dataset),
-        extra={"data_tokens": dataset.manifest.num_tokens, "data_documents": dataset.manifest.num_documents},
-        mean_context=mean_context(dataset, config.data.sequence_length),
-        notes=(
-            f"data: {dataset.manifest.num_tokens / 1e6:.2f} M tokens in {dataset.manifest.num_documents} documents, "
-            f"{plan.num_rows} rows of {config.data.sequence_length}, {plan.lanes} lanes; {epochs:.2f} epochs",
-        ),
+        prefetch_threads=config.data.threads,
+        prefetch_bytes=config.data.prefetch_bytes,
+        evaluate=Evaluation(config, data, site.world),
+        extra={"data_tokens": data.num_tokens, "data_documents": data.num_documents},
+        mean_context=mean_context(data, config.data.sequence_length),
+        notes=tuple(_notes(config, data)),
     )
+
+
+def _notes(config: PretrainConfig, data: TrainingData) -> Iterator[str]:
+    plan = data.loader.plan
+    yield (
+        f"data: {data.num_tokens / 1e6:.2f} M tokens in {data.num_documents} documents, "
+        f"{plan.num_rows} rows of {config.data.sequence_length}, {plan.lanes} lanes"
+    )
+    for name, order in zip(data.spec.names, plan.orders):
+        yield f"source {name}: {order.num_rows} rows, {data.epochs[name]:.2f} epochs"
 
 
 def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> MaskedLanguageModel:
@@ -93,97 +96,75 @@ def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> MaskedLanguageM
     return model
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer kept with the shards."""
-    if not path.is_dir():
-        raise DataError(
-            f"data.path: {path}: no such folder; build it with `dstrain shards build --input ... --tokenizer ... --out {path}`"
-        )
-    return Tokenizer.load(path / "tokenizer")
-
-
-def open_split(path: Path, split: str, tokenizer: Tokenizer) -> ShardDataset:
-    """Open train or validation and check that the tokenizer beside it is the one it was built with.
-
-    Raises:
-        DataError: the split is missing or damaged, or was built with another tokenizer.
-    """
-    dataset = ShardDataset(path / split)
-    if dataset.manifest.tokenizer_sha256 != tokenizer.fingerprint:
-        raise DataError(
-            f"{tokenizer.folder}: is not the tokenizer that {path / split} was built with "
-            f"(fingerprint {tokenizer.fingerprint[:12]}, the shards say {dataset.manifest.tokenizer_sha256[:12]}): "
-            "put the right one back, or build the shards again"
-        )
-    return dataset
-
-
-def row_source(config: PretrainConfig, dataset: ShardDataset, tokenizer: Tokenizer) -> RowSource:
-    """Packed rows of a split."""
-    return RowSource(
-        dataset,
-        sequence_length=config.data.sequence_length,
-        word_starts=tokenizer.word_starts() if config.objective.whole_word else None,
-        cache_bytes=config.data.cache_bytes,
-    )
-
-
-def _rows(dataset: ShardDataset, source: RowSource, world: World) -> npt.NDArray[np.int64]:
-    return rows_per_block(
-        dataset, num_blocks=len(dataset.blocks), fingerprint=dataset.manifest.fingerprint,
-        sequence_length=source.sequence_length, frame_length=source.frame_length, may_write=world.is_first,
-    )  # fmt: skip
-
-
-def _masking(config: PretrainConfig, tokenizer: Tokenizer, *, stream: str) -> Masking:
-    return Masking(
-        config.objective, seed=config.seed, stream=stream, mask_id=tokenizer.mask_id,
-        special_ids=tokenizer.special_ids, vocab_size=tokenizer.vocab_size,
-    )  # fmt: skip
-
-
 class Evaluation:
-    """Masked loss and accuracy on the held-out split: the same rows and masks every time and at every world size."""
+    """Masked loss and accuracy on the held-out splits: the same rows and masks every time and at every world size.
 
-    def __init__(self, config: PretrainConfig, tokenizer: Tokenizer, world: World, train_split: ShardDataset) -> None:
+    Each source gives rows in proportion to its first weight; with several, each one's loss is told apart.
+    """
+
+    def __init__(self, config: PretrainConfig, data: TrainingData, world: World) -> None:
         """Read and mask the held-out rows once."""
-        dataset = open_split(config.data.path, "validation", tokenizer)
-        source = row_source(config, dataset, tokenizer)
-        self._batches = evaluation_batches(
-            source, _rows(dataset, source, world), _masking(config, tokenizer, stream="evaluation"),
-            world=world, micro_batch=config.train.micro_batch, max_rows=config.train.evaluate_rows,
-        )  # fmt: skip
-        self._unigram = most_frequent_token(train_split, tokenizer)
+        masking = training_masking(config, data.tokenizer, stream="evaluation")
+        self._batches: dict[str, list[MicroBatch]] = {}
+        shares = dict(zip(data.spec.names, data.spec.phases[0].shares))
+        for name, path in source_paths(config.data).items():
+            most = config.train.evaluate_rows
+            if most is not None:
+                most = -(-most * shares[name] // sum(shares.values()))
+            if most == 0:
+                continue
+            dataset = open_split(path, VALIDATION, data.tokenizer, config.data)
+            source = row_source(config, name, dataset, data.tokenizer)
+            self._batches[name] = evaluation_batches(
+                source, count_rows(source, dataset, world), masking,
+                world=world, micro_batch=config.train.micro_batch, max_rows=most,
+            )  # fmt: skip
+        self._unigram = most_frequent_token(data)
 
     def __call__(self, engine: Engine) -> dict[str, float]:
         """Collective. loss, accuracy, and the accuracy of always guessing the commonest training token."""
-        loss, accuracy, targets = engine.evaluate(self._batches)
-        hits = sum(int((b.labels == self._unigram).sum()) for b in self._batches)
-        return {
-            "loss": loss,
-            "accuracy": accuracy,
+        scores = {name: engine.evaluate(batches) for name, batches in self._batches.items()}
+        hits = sum(int((b.labels == self._unigram).sum()) for batches in self._batches.values() for b in batches)
+        targets = sum(count for _, _, count in scores.values())
+        metrics = {
+            "loss": sum(loss * count for loss, _, count in scores.values()) / max(1, targets),
+            "accuracy": sum(accuracy * count for _, accuracy, count in scores.values()) / max(1, targets),
             "unigram_accuracy": engine.control.sum([hits])[0] / max(1, targets),
             "targets": float(targets),
         }
+        if len(scores) > 1:
+            metrics |= {f"loss_{name}": loss for name, (loss, _, _) in scores.items()}
+        return metrics
 
 
-def most_frequent_token(dataset: ShardDataset, tokenizer: Tokenizer) -> int:
+def most_frequent_token(data: TrainingData) -> int:
     """The commonest ordinary token of the first few million training tokens: the unigram baseline's only guess."""
-    counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    for block in range(len(dataset.blocks)):
-        counts += np.bincount(dataset.read(block).tokens, minlength=tokenizer.vocab_size)
-        if counts.sum() >= _UNIGRAM_SAMPLE_TOKENS:
-            break
-    counts[list(tokenizer.special_ids)] = -1
+    counts = np.zeros(data.tokenizer.vocab_size, dtype=np.int64)
+    for dataset in data.datasets.values():
+        seen = 0
+        for block in range(dataset.manifest.num_blocks):
+            try:
+                tokens = dataset.read(block).tokens
+            except DamagedBlockError:  # the loader's policy judges it when its rows come
+                continue
+            counts += np.bincount(tokens, minlength=data.tokenizer.vocab_size)
+            seen += len(tokens)
+            if seen >= _UNIGRAM_SAMPLE_TOKENS // len(data.datasets):
+                break
+    counts[list(data.tokenizer.special_ids)] = -1
     return int(counts.argmax())
 
 
-def mean_context(dataset: ShardDataset, sequence_length: int) -> float:
+def mean_context(data: TrainingData, sequence_length: int) -> float:
     """Σ piece² / Σ piece over a sample of blocks: what attention really costs on packed documents."""
     total, squares = 0, 0
-    for block in range(min(len(dataset.blocks), 64)):
-        lengths = np.diff(dataset.ends(block).astype(np.int64), prepend=0).view(np.int64)
-        full, tail = lengths // sequence_length, lengths % sequence_length
-        total += int(lengths.sum())
-        squares += int((full * sequence_length**2 + tail**2).sum())
+    for dataset in data.datasets.values():
+        for block in range(min(dataset.manifest.num_blocks, 64)):
+            try:
+                lengths = np.diff(dataset.ends(block).astype(np.int64), prepend=0).view(np.int64)
+            except DamagedBlockError:
+                continue
+            full, tail = lengths // sequence_length, lengths % sequence_length
+            total += int(lengths.sum())
+            squares += int((full * sequence_length**2 + tail**2).sum())
     return squares / max(1, total)

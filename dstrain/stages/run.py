@@ -51,6 +51,7 @@ class Run:
         )
         self.config_yaml = dump_yaml({"stage": parts.stage, **to_plain(config)})
         self.resumed_from: Checkpoint | None = None
+        self._new_data: str | None = None
 
     def execute(self, stop: StopRequest) -> ExitCode:
         """Collective. Resume, train, finish."""
@@ -127,7 +128,9 @@ class Run:
             )
         shapes = {name: list(p.shape) for name, p in self.parts.model.model.named_parameters() if p.requires_grad}  # type: ignore[union-attr]
         self._checkpoint().check_model(shapes, fingerprint=model_fingerprint(shapes))
-        self.parts.loader.check_state(manifest.loader)
+        self._new_data = self.parts.loader.restore(
+            manifest.loader, step=manifest.step, accept_new_data=self.config.train.accept_new_data
+        )
 
     def _checkpoint(self) -> Checkpoint:
         if self.resumed_from is None:
@@ -223,6 +226,9 @@ class Run:
             self.monitor.event(
                 "restored", step=self.state.step, seconds=restore_s, written_by=self.resumed_from.manifest.world_size
             )
+            if self._new_data:
+                self.monitor.event("new_data", step=self.state.step, difference=self._new_data)
+                self._say(f"from step {self.state.step} on with other data, as asked: {self._new_data}")
 
     def _loop(self, stop: StopRequest) -> Ending:
         config, parts = self.config, self.parts
@@ -235,8 +241,9 @@ class Run:
             last_saved=self.state.step if self.resumed_from is not None else -1,
         )
         with Prefetcher(
-            parts.loader, first_step=self.state.step, last_step=parts.max_steps, depth=parts.prefetch_steps
-        ) as steps:
+            parts.loader, first_step=self.state.step, last_step=parts.max_steps, depth=parts.prefetch_steps,
+            threads=parts.prefetch_threads, limit_bytes=parts.prefetch_bytes,
+        ) as steps:  # fmt: skip
             return train(
                 engine=self.engine,
                 steps=steps,
@@ -249,7 +256,14 @@ class Run:
                 boundary=boundary,
                 stop_requested=lambda: stop.reason is not None,
                 skipped_limit=config.train.skipped_steps_limit,
+                on_damage=self._close_blocks,
             )
+
+    def _close_blocks(self, step: int, blocks: tuple[tuple[str, int], ...]) -> None:
+        """Every rank alike: do without damaged blocks from the first step that no rank can have prepared yet."""
+        for source, block, since in self.parts.loader.close_blocks(blocks, from_step=step + self.parts.prefetch_steps):
+            self.monitor.event("damaged_block", step=step, source=source, block=block, from_step=since)
+            self._say(f"block {block} of source {source!r} is damaged: the run goes on without it from step {since}")
 
     def _evaluate(self, step: int) -> bool:
         """Collective. Score the held-out data; True when it is the best so far."""
@@ -285,7 +299,7 @@ class Run:
                 raise StorageError(str(error)) from error
             _LOG.error("%s; training goes on, the next save will try again", error)
             return
-        self.monitor.event("saved", step=step, seconds=time.perf_counter() - started, folder=folder.name)
+        self.monitor.saved(self.state, seconds=time.perf_counter() - started, folder=folder.name)
 
     def _manifest(self, step: int) -> dict[str, Any]:
         shapes = self.fragments.shapes

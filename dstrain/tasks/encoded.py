@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from dstrain.base.protocols import IGNORED_LABEL, MicroBatch
-from dstrain.data.loader import segment_positions
+from dstrain.data.rows import segment_positions
 from dstrain.data.tokenizer import Tokenizer
 from dstrain.tasks.examples import Examples
 

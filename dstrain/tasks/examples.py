@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from dstrain.base.errors import DataError
 from dstrain.base.protocols import IGNORED_LABEL
-from dstrain.data.corpus import read_rows
+from dstrain.corpus.documents import read_rows
 from dstrain.tasks.spec import TaskConfig
 
 _MOST_LABELS = 1000  # more different labels than this are numbers or texts, not classes

@@ -8,18 +8,20 @@ ordered by length, which changes padding only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dstrain.base.errors import ConfigError
+from dstrain.base.errors import CheckpointError, ConfigError
 from dstrain.base.protocols import MicroBatch, StepData
 from dstrain.base.seeds import derive
 from dstrain.base.world import World
-from dstrain.data.loader import LEDGER_MODULUS, compare_states, split_evenly
+from dstrain.data.ledger import LEDGER_MODULUS
+from dstrain.data.loader import state_difference
+from dstrain.data.micro_batch import split_evenly
 from dstrain.data.order import ORDER_VERSION, permute, subkey
 from dstrain.data.plan import num_micro_batches, rank_slots
 from dstrain.tasks.encoded import EncodedExamples, longest_first, make_micro_batch
@@ -134,13 +136,26 @@ class ExampleLoader:
             "global_batch": self._global_batch,
         }
 
-    def check_state(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any], *, step: int, accept_new_data: bool = False) -> None:
         """Refuse to go on with other examples, another order or another batch size.
 
         Raises:
             CheckpointError: with each differing key, its value then and now.
         """
-        compare_states(saved=state, now=self.state_dict())
+        difference = state_difference(saved=state, now=self.state_dict())
+        if difference:
+            raise CheckpointError(
+                f"the data order changed since the checkpoint at step {step} ({difference}): restore these settings, "
+                "or start a new run with model.init_from pointing at this one"
+            )
+
+    def num_micro_batches(self, step: int) -> int:
+        """Forwards of a step, the same on every rank and at every step."""
+        return self._num_micro
+
+    def close_blocks(self, blocks: Sequence[tuple[str, int]], *, from_step: int) -> list[tuple[str, int, int]]:
+        """Examples are in memory: there are no blocks to close."""
+        return []
 
 
 def ledger_digest(planned: PlannedExamples, *, step: int) -> int:

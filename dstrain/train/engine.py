@@ -68,6 +68,8 @@ class StepTotals:
     ledger: int
     epoch: float
     stop_requested: bool
+    damaged: tuple[tuple[str, int], ...]
+    """(source, block) of blocks that some rank did without in this step; the same on every rank."""
     forward_backward_s: float
     step_s: float
 
@@ -185,6 +187,7 @@ class Engine:
         counts = self._agree(data, stop_requested)
         if isinstance(data, DstrainError):  # _agree has raised it already
             raise data
+        self._accumulate(len(data.micro_batches))
         scale = self.control.world.size / max(1, counts.num_targets)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -217,6 +220,7 @@ class Engine:
             ledger=counts.ledger,
             epoch=data.epoch,
             stop_requested=counts.stop,
+            damaged=counts.damaged,
             forward_backward_s=backward_done - started,
             step_s=time.perf_counter() - backward_done,
         )
@@ -244,6 +248,16 @@ class Engine:
         finally:
             self.engine.train()
 
+    def _accumulate(self, num_micro: int) -> None:
+        """Take steps of another number of micro-batches (a batch-size phase began)."""
+        if num_micro == self.engine.gradient_accumulation_steps():
+            return
+        ranks = self.engine.dp_world_size
+        self.engine.set_train_batch_size(num_micro * self.engine.train_micro_batch_size_per_gpu() * ranks)
+        self.engine.micro_steps = 0  # DeepSpeed 0.19 finds a step's end by counting micro-batches since the start
+        if hasattr(self.engine.optimizer, "gradient_accumulation_steps"):
+            self.engine.optimizer.gradient_accumulation_steps = num_micro
+
     def _agree(self, data: StepData | DstrainError, stop_requested: bool) -> _Counts:
         fault = data if isinstance(data, DstrainError) else None
         if isinstance(data, DstrainError):
@@ -257,11 +271,18 @@ class Engine:
             data.ledger >> 32,
             int(stop_requested),
             int(fault is not None),
+            len(data.damaged),
         )
-        targets, tokens, rows, padded, low, high, stop, faults = self.control.sum(local)
+        targets, tokens, rows, padded, low, high, stop, faults, damages = self.control.sum(local)
         if faults:
             self.control.together(lambda: _raise(fault))
-        return _Counts(targets, tokens, rows, padded, (low + (high << 32)) % (1 << 63), stop > 0)
+        damaged = self._all_damaged(data) if damages else ()
+        return _Counts(targets, tokens, rows, padded, (low + (high << 32)) % (1 << 63), stop > 0, damaged)
+
+    def _all_damaged(self, data: StepData) -> tuple[tuple[str, int], ...]:
+        """Collective. Blocks that any rank could not read, the same tuple on every rank."""
+        found = self.control.gather_json([list(entry) for entry in data.damaged])
+        return tuple(sorted({(str(source), int(block)) for entries in found for source, block in entries}))
 
 
 def _skip_memory_reports() -> None:
@@ -288,3 +309,4 @@ class _Counts:
     padded_tokens: int
     ledger: int
     stop: bool
+    damaged: tuple[tuple[str, int], ...]

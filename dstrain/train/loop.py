@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from dstrain.base.errors import DstrainError, NoProgressError
 from dstrain.base.protocols import Observer, RunState, StepData, StepReport
-from dstrain.data.loader import LEDGER_MODULUS
+from dstrain.data.ledger import LEDGER_MODULUS
 from dstrain.train.engine import Engine, StepTotals
 
 ResultT = TypeVar("ResultT")
@@ -76,6 +76,7 @@ def train(
     boundary: Boundary,
     stop_requested: Callable[[], bool],
     skipped_limit: int,
+    on_damage: Callable[[int, tuple[tuple[str, int], ...]], None] | None = None,
 ) -> Ending:
     """Collective. Run optimizer steps until `max_steps` or a stop that all ranks agree on; saves before it leaves.
 
@@ -89,6 +90,7 @@ def train(
         boundary: evaluation and saving between steps.
         stop_requested: whether this rank was asked to stop.
         skipped_limit: consecutive skipped steps that end the run.
+        on_damage: told of the steps done and of the blocks that some rank had to do without, the same on every rank.
 
     Raises:
         NoProgressError: too many steps in a row were skipped.
@@ -109,6 +111,8 @@ def train(
         advance(state, report)
         for observer in observers:
             observer.on_step(state, report)
+        if totals.damaged and on_damage is not None:
+            on_damage(state.step, totals.damaged)
         skipped_in_row = 0 if report.applied or engine.precision == "fp16" else skipped_in_row + 1
         if skipped_in_row >= skipped_limit:
             raise NoProgressError(

@@ -23,5 +23,8 @@ class LoopConfig(Config):
     resume: Literal["auto", "require", "never"] = "auto"
     """auto goes on from the newest valid checkpoint if there is one; require fails without one; never refuses to
     start in a folder that has one."""
+    accept_new_data: bool = False
+    """On resume, go on with data or an order that differ from the checkpoint's, as a recorded new phase
+    (`--accept-new-data`); false refuses with the difference."""
     skipped_steps_limit: int = Field(default=25, ge=1)
     """Consecutive steps skipped for non-finite gradients before the run stops (loss scaling in fp16 does not count)."""

@@ -49,17 +49,31 @@ def _top_level(schema: dict[str, Any], names: list[str]) -> str:
 def _section(schema: dict[str, Any], name: str) -> str:
     field = schema["properties"][name]
     model = _model_of(schema, field)
-    if model is None:
-        return ""
+    return _model_section(schema, name, field, model) if model is not None else ""
+
+
+def _model_section(schema: dict[str, Any], path: str, field: dict[str, Any], model: dict[str, Any]) -> str:
+    """A table of a model's plain fields, and a section of its own for each model inside it."""
     changed = field.get("default") or {}
     properties = {
         key: {**value, **({"default": changed[key]} if key in changed else {})}
         for key, value in model["properties"].items()
     }
+    inner = {key: found for key, value in properties.items() if (found := _inner_model(schema, value)) is not None}
+    plain = [key for key in properties if key not in inner or inner[key][0]]
     about = model.get("description", field.get("description", "")).splitlines()[0]
-    return f"#### `{name}`\n\n{about}\n\n" + _table(
-        schema, f"{name}.", list(properties), properties, model.get("required", [])
-    )
+    parts = [f"#### `{path}`\n\n{about}\n\n" + _table(schema, f"{path}.", plain, properties, model.get("required", []))]
+    for key, (is_list, found) in inner.items():
+        name = f"{path}.{key}" + ("[]" if is_list else "")
+        parts.append(_model_section(schema, name, {} if is_list else properties[key], found))
+    return "\n\n".join(parts)
+
+
+def _inner_model(schema: dict[str, Any], field: dict[str, Any]) -> tuple[bool, dict[str, Any]] | None:
+    """The model of a field, and whether the field is a list of them."""
+    is_list = field.get("type") == "array"
+    model = _model_of(schema, field.get("items", {}) if is_list else field)
+    return (is_list, model) if model is not None else None
 
 
 def _model_of(schema: dict[str, Any], field: dict[str, Any]) -> dict[str, Any] | None:
@@ -81,7 +95,7 @@ def _table(
 
 
 def _default(field: dict[str, Any]) -> Any:
-    return field.get("default", {} if field.get("type") == "object" else None)
+    return field.get("default", {"object": {}, "array": []}.get(field.get("type", "")))
 
 
 def _values(field: dict[str, Any]) -> str:
@@ -91,11 +105,11 @@ def _values(field: dict[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in field["enum"])
     if "const" in field:
         return f"`{field['const']}`"
-    if "pattern" in field:
+    if "[" not in field.get("pattern", "["):  # a choice of words
         return ", ".join(f"`{word}`" for word in re.findall(r"[a-z]+", field["pattern"]))
     if field.get("type") == "array":
         inner = field["prefixItems"][0] if "prefixItems" in field else field["items"]
-        return f"list of {_values(inner)}"
+        return "list of mappings (below)" if "$ref" in inner else f"list of {_values(inner)}"
     word = {
         "integer": "integer",
         "number": "number",

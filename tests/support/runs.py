@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 
 from dstrain.base.config import merge
-from dstrain.data.build import ShardBuildConfig, build_shards
-from dstrain.data.corpus import CorpusConfig, find_sources, read_documents
+from dstrain.corpus.build import ShardBuildConfig, build_shards
+from dstrain.corpus.documents import CorpusConfig, find_sources, read_documents
 from dstrain.data.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,6 +6,7 @@ from dstrain.base.errors import DstrainError, ExitCode, PeerError
 CODES = {
     errors.ConfigError: 78,
     errors.DataError: 78,
+    errors.DamagedBlockError: 78,
     errors.CheckpointError: 78,
     errors.NothingToResumeError: 81,
     errors.RunInUseError: 80,

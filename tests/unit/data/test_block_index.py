@@ -48,8 +48,10 @@ def test_a_built_index_passes_and_its_sums_are_the_manifests(records, shards):
         ("tokens", 1 << 31, "block 1 has an impossible number of tokens"),
         ("docs", 0, "block 1 has an impossible number of documents"),
         ("docs", 1 << 31, "block 1 has an impossible number of documents"),
-        ("flags", 1, "block 1 is stored in an unknown way"),
+        ("flags", 2, "block 1 is stored in an unknown way"),
+        ("flags", 3, "block 1 is stored in an unknown way"),
         ("raw_len", 1 << 20, "block 1 is stored in an unknown way"),
+        ("raw_len", (1 << 32) - 1, "block 1 is larger than a member may be"),
     ],
 )
 def test_a_record_that_cannot_be_is_named(records, shards, field, value, message):
@@ -102,3 +104,12 @@ def refusal(records: np.ndarray, sizes: list[int]) -> str | None:
     except DataError as error:
         return str(error)
     return None
+
+
+def test_a_frame_may_be_shorter_or_longer_than_its_content_within_the_limit(records, shards):
+    records[1]["flags"] |= 1
+    records[1]["raw_len"] = 64 << 20
+    check(records, sizes_of(shards))
+    records[1]["raw_len"] += 1
+    with pytest.raises(DataError, match="block 1 is larger than a member may be"):
+        check(records, sizes_of(shards))

@@ -9,22 +9,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dstrain.base.errors import CheckpointError, ConfigError
+from dstrain.base.errors import CheckpointError
 from dstrain.base.protocols import IGNORED_LABEL, Corrupted
 from dstrain.base.world import World
-from dstrain.data.loader import (
-    LEDGER_MODULUS,
-    PackedLoader,
-    RowSource,
-    evaluation_batches,
-    make_micro_batch,
-    segment_positions,
-    split_evenly,
-    word_positions,
-)
-from dstrain.data.plan import Plan
+from dstrain.data.config import DataConfig
+from dstrain.data.evaluation import evaluation_batches
+from dstrain.data.ledger import LEDGER_MODULUS
+from dstrain.data.loader import PackedLoader
+from dstrain.data.micro_batch import make_micro_batch, split_evenly
+from dstrain.data.plan_spec import plan_spec
 from dstrain.data.reader import ShardDataset
 from dstrain.data.row_index import rows_per_block
+from dstrain.data.rows import RowSource
 from dstrain.data.shard_writer import ShardWriter
 
 VOCAB, PREFIX, SUFFIX = 200, 2, 3
@@ -52,12 +48,13 @@ def dataset(tmp_path_factory, documents):
     return ShardDataset(folder)
 
 
-def corrupt(pieces):
+def corrupt(pieces, step=0):
     """Hides a third of the tokens by their document and position; some pieces get none."""
     targets = np.flatnonzero(((pieces.uid + pieces.position + pieces.epoch) % 3 == 0) & ~pieces.frame)
-    tokens = pieces.tokens.copy()
+    tokens = pieces.tokens.astype(np.int64)
+    labels = tokens[targets]
     tokens[targets] = 4
-    return Corrupted(tokens=tokens, targets=targets, labels=pieces.tokens[targets])
+    return Corrupted(tokens=tokens, targets=targets, labels=labels)
 
 
 def source_of(dataset, *, cache_bytes=1 << 20, words=None):
@@ -71,14 +68,19 @@ def rows_of(dataset):
 
 
 def loader_of(dataset, *, rank=0, size=1, micro=4, global_batch=12, lanes=4, corrupt=corrupt, **plan):
-    settings = dict(seed=3, source="train", window_rows=8) | plan
+    sources = {name: source_of(d) for name, d in (dataset if isinstance(dataset, dict) else {"train": dataset}).items()}
+    more = {key: plan.pop(key) for key in ("damage", "damage_allowance") if key in plan}
+    seed = plan.pop("seed", 3)
+    config = DataConfig.model_validate({"path": "x", "window_rows": 8, "sequence_length": S, "lanes": lanes} | plan)
+    rows = {name: rows_of(source.dataset) for name, source in sources.items()}
     return PackedLoader(
-        source_of(dataset),
-        Plan(rows_of(dataset), global_batch=global_batch, lanes=lanes, **settings),
+        sources,
+        plan_spec(config, rows, global_batch=global_batch, seed=seed),
         corrupt,
         corruption="thirds",
         world=World(rank=rank, size=size),
         micro_batch=micro,
+        **more,
     )
 
 
@@ -134,9 +136,9 @@ def test_an_epoch_shows_every_document_whole_and_once(dataset, documents):
     assert loader.steps_per_epoch == rows
 
 
-def untouched(pieces):
+def untouched(pieces, step=0):
     none = np.zeros(0, dtype=np.int64)
-    return Corrupted(tokens=pieces.tokens.copy(), targets=none, labels=none)
+    return Corrupted(tokens=pieces.tokens.astype(np.int64), targets=none, labels=none)
 
 
 def test_a_micro_batch_keeps_what_its_fields_promise(dataset):
@@ -228,7 +230,7 @@ def test_a_rank_without_rows_gets_fillers_that_weigh_nothing(dataset):
 
 
 def test_a_micro_batch_where_nothing_was_hidden_scores_one_ignored_token(dataset):
-    batch, digest = make_micro_batch(source_of(dataset), [(0, 0, 0)], untouched, step=0)
+    batch, digest = make_micro_batch([source_of(dataset)], [(0, 0, 0, 0)], untouched, step=0)
     assert (batch.num_targets, batch.targets.tolist(), batch.labels.tolist()) == (0, [0], [IGNORED_LABEL])
     assert batch.num_tokens > 0
     assert digest != 0
@@ -241,7 +243,7 @@ def test_the_ledger_tells_rows_epochs_steps_and_masks_apart(dataset):
     source = source_of(dataset)
 
     def digest(rows, *, step=0, corruption=corrupt):
-        return make_micro_batch(source, rows, corruption, step=step)[1]
+        return make_micro_batch([source], [(0, *row) for row in rows], corruption, step=step)[1]
 
     rows = [(0, 0, 0), (0, 1, 2)]
     variants = [
@@ -254,58 +256,11 @@ def test_the_ledger_tells_rows_epochs_steps_and_masks_apart(dataset):
 
 
 def test_a_steps_ledger_is_the_sum_over_its_micro_batches(dataset):
-    loader, plan = loader_of(dataset), loader_of(dataset)._plan
+    loader, plan = loader_of(dataset), loader_of(dataset).plan
     planned = plan.slots(4, 0, 12)
-    rows = list(zip(planned.epoch.tolist(), planned.block.tolist(), planned.row.tolist()))
-    expected = make_micro_batch(source_of(dataset), rows, corrupt, step=4)[1]
+    rows = [(0, *row) for row in zip(planned.epoch.tolist(), planned.block.tolist(), planned.row.tolist())]
+    expected = make_micro_batch([source_of(dataset)], rows, corrupt, step=4)[1]
     assert loader.step(4).ledger == expected != 0
-
-
-# --- words ---------------------------------------------------------------------------------------------------------
-
-
-@given(
-    st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=8), min_size=1, max_size=6), st.sets(st.integers(0, 9))
-)
-def test_word_positions_are_those_of_a_plain_walk(documents, starters):
-    table = np.array([token in starters for token in range(10)])
-    expected = []
-    for document in documents:
-        for position, token in enumerate(document):
-            expected.append(position if position == 0 or token in starters else expected[-1])
-    begins = np.cumsum([0, *(len(document) for document in documents[:-1])])
-    tokens = np.array([token for document in documents for token in document], dtype=np.uint16)
-    before = table.copy()
-    assert word_positions(tokens, begins, table).tolist() == expected
-    np.testing.assert_array_equal(table, before)
-
-
-def test_pieces_carry_document_position_and_word(dataset, documents):
-    words = np.zeros(VOCAB, dtype=np.bool_)
-    words[::3] = True
-    long = next(i for i, document in enumerate(documents) if len(document) == 100)  # in block 0, cut into four
-    pieces, lengths = source_of(dataset, words=words).pieces([(5, 0, row) for row in range(int(rows_of(dataset)[0]))])
-    assert (pieces.epoch == 5).all()
-    assert pieces.frame.sum() == 2 * len(lengths)
-    mine = (pieces.uid == long) & ~pieces.frame
-    order = np.argsort(pieces.position[mine])
-    np.testing.assert_array_equal(pieces.position[mine][order], np.arange(100))
-    np.testing.assert_array_equal(pieces.tokens[mine][order], documents[long])
-    walk = [0]
-    for position in range(1, 100):
-        walk.append(position if documents[long][position] % 3 == 0 else walk[-1])
-    assert pieces.word[mine][order].tolist() == walk
-    assert source_of(dataset).pieces([(0, 0, 0)])[0].word is None
-
-
-def test_documents_of_different_blocks_never_share_an_identity(dataset):
-    counts = rows_of(dataset)
-    rows = [(0, block, row) for block in range(len(counts)) for row in range(int(counts[block]))]
-    pieces, _ = source_of(dataset).pieces(rows)
-    assert len(set(pieces.uid.tolist())) == dataset.manifest.num_documents
-    inner = ~pieces.frame
-    places = set(zip(pieces.uid[inner].tolist(), pieces.position[inner].tolist()))
-    assert len(places) == dataset.manifest.num_tokens
 
 
 # --- evaluation ----------------------------------------------------------------------------------------------------
@@ -335,9 +290,9 @@ def test_a_short_evaluation_is_spread_over_the_whole_split(dataset):
     ends = np.cumsum(counts)
     rows = [int(i * ends[-1] // 10) for i in range(10)]
     blocks = [int(np.searchsorted(ends, row, side="right")) for row in rows]
-    expected = [(0, block, row - int(ends[block] - counts[block])) for row, block in zip(rows, blocks)]
+    expected = [(0, 0, block, row - int(ends[block] - counts[block])) for row, block in zip(rows, blocks)]
     assert len(set(blocks)) > 5
-    assert segments(batch) == segments(make_micro_batch(source_of(dataset), expected, corrupt, step=0)[0])
+    assert segments(batch) == segments(make_micro_batch([source_of(dataset)], expected, corrupt, step=0)[0])
 
 
 # --- state ---------------------------------------------------------------------------------------------------------
@@ -345,7 +300,7 @@ def test_a_short_evaluation_is_spread_over_the_whole_split(dataset):
 
 def test_the_state_of_the_same_run_is_accepted_on_other_ranks(dataset):
     state = json.loads(json.dumps(loader_of(dataset).state_dict()))
-    loader_of(dataset, rank=2, size=3, micro=1).check_state(state)
+    loader_of(dataset, rank=2, size=3, micro=1).restore(state, step=5)
     assert len(json.dumps(state)) < 1024
 
 
@@ -356,31 +311,36 @@ def test_the_state_of_the_same_run_is_accepted_on_other_ranks(dataset):
         ({"global_batch": 8}, "global_batch", "12", "8"),
         ({"lanes": 2}, "lanes", "4", "2"),
         ({"window_rows": 9}, "window_rows", "8", "9"),
-        ({"source": "books"}, "source", "'train'", "'books'"),
+        ({"tail": "exact"}, "tail", "'rotate'", "'exact'"),
     ],
 )
 def test_another_order_is_refused_with_the_value_then_and_now(change, key, then, now, dataset):
     state = loader_of(dataset).state_dict()
     with pytest.raises(CheckpointError, match=f"{key}: {then} in the checkpoint, {now} now") as caught:
-        loader_of(dataset, **change).check_state(state)
+        loader_of(dataset, **change).restore(state, step=5)
     assert str(caught.value).count("in the checkpoint") == 1
 
 
 @pytest.mark.parametrize(
-    "key", ["fingerprint", "sequence_length", "corruption", "order_version", "plan_version", "packer_version", "kind"]
+    "key",
+    [
+        "fingerprints",
+        "sequence_length",
+        "corruption",
+        "order_version",
+        "plan_version",
+        "packer_version",
+        "ledger_version",
+        "kind",
+    ],
 )
 def test_every_key_of_the_state_is_compared(key, dataset):
     loader = loader_of(dataset)
     with pytest.raises(CheckpointError, match=f"{key}: 'other' in the checkpoint"):
-        loader.check_state(loader.state_dict() | {key: "other"})
+        loader.restore(loader.state_dict() | {key: "other"}, step=5)
     missing = {name: value for name, value in loader.state_dict().items() if name != key}
     with pytest.raises(CheckpointError, match=f"{key}: None in the checkpoint"):
-        loader.check_state(missing)
-
-
-def test_a_row_too_short_for_the_frame_is_refused(dataset):
-    with pytest.raises(ConfigError, match=r"data\.sequence_length: 2"):
-        RowSource(dataset, sequence_length=2, word_starts=None, cache_bytes=1).pieces([(0, 0, 0)])
+        loader.restore(missing, step=5)
 
 
 # --- small parts ---------------------------------------------------------------------------------------------------
@@ -392,8 +352,3 @@ def test_an_even_split_loses_nothing_and_differs_by_at_most_one(rows, parts):
     assert [row for part in split for row in part] == rows
     assert len(split) == parts
     assert max(map(len, split)) - min(map(len, split)) <= 1
-
-
-@given(st.lists(st.integers(1, 9), max_size=8))
-def test_positions_restart_at_each_segment(lengths):
-    assert segment_positions(lengths).tolist() == [i for length in lengths for i in range(length)]

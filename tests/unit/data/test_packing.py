@@ -1,5 +1,8 @@
 import hashlib
+import json
+import os
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dstrain.base.errors import ConfigError
-from dstrain.data.packing import pack
+from dstrain.data.packing import PACKER_VERSION, pack
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "packing.json"
 
 
 @st.composite
@@ -109,7 +114,17 @@ def test_known_rows_never_change():
         [(4, 0, 4)],
         [(1, 0, 3)],
     ]
-    large = packed((np.arange(1, 400) * 2654435761 % 997) + 1, 128, 2)
-    fields = (large.document, large.start, large.length, large.row_starts)
-    digest = hashlib.sha256(b"".join(field.astype("<i8").tobytes() for field in fields)).hexdigest()
-    assert digest == "c8ef66b70b1b655e13b011bf70114d7e01b7a777845f31f904b4e10328db3ccf"
+
+
+def test_known_packings_never_change():
+    # The same on every platform and library version. DSTRAIN_UPDATE_GOLDEN=1 writes them anew, with a new PACKER_VERSION.
+    found = {}
+    for sequence_length in (64, 128, 512, 1024, 8192):
+        for frame in (0, 2, 3):
+            packing = packed((np.arange(1, 1500) * 2654435761 % 1999) + 1, sequence_length, frame)
+            fields = (packing.document, packing.start, packing.length, packing.row_starts)
+            digest = hashlib.sha256(b"".join(field.astype("<i8").tobytes() for field in fields)).hexdigest()
+            found[f"S{sequence_length} frame {frame}"] = f"{packing.num_rows} rows, {digest}"
+    if os.environ.get("DSTRAIN_UPDATE_GOLDEN") == "1":
+        GOLDEN.write_text(json.dumps({"packer_version": PACKER_VERSION, **found}, indent=1) + "\n", encoding="utf-8")
+    assert {"packer_version": PACKER_VERSION, **found} == json.loads(GOLDEN.read_text(encoding="utf-8"))

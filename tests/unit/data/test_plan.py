@@ -11,7 +11,7 @@ from dstrain.data.plan import Plan, num_micro_batches, rank_slots
 
 
 def plan_of(rows, *, seed=0, source="train", global_batch=8, lanes=None, window_rows=16):
-    return Plan(rows, seed=seed, source=source, global_batch=global_batch, lanes=lanes, window_rows=window_rows)
+    return Plan.single(rows, seed=seed, source=source, global_batch=global_batch, lanes=lanes, window_rows=window_rows)
 
 
 def triples(planned):
@@ -19,7 +19,7 @@ def triples(planned):
 
 
 def step_rows(plan, step):
-    return triples(plan.slots(step, 0, plan.global_batch))
+    return triples(plan.slots(step, 0, plan.global_batch(0)))
 
 
 @st.composite
@@ -37,14 +37,14 @@ def plans(draw):
 
 @given(plans(), st.integers(1, 4))
 def test_every_kept_row_comes_once_an_epoch(plan, epochs):
-    per_lane = plan.global_batch // plan.lanes
-    steps = -(-epochs * plan.rows_per_lane // per_lane)
+    per_lane = plan.global_batch(0) // plan.lanes
+    steps = -(-epochs * plan.orders[0].turns_per_epoch // per_lane)
     seen = Counter(row for step in range(steps) for row in step_rows(plan, step) if row[0] < epochs)
     assert set(seen.values()) == {1}
     for epoch in range(epochs):
-        assert sum(1 for row in seen if row[0] == epoch) == plan.rows_per_epoch
-    assert all(0 <= row < plan.rows_per_block[block] for _, block, row in seen)
-    assert 0 <= plan.num_rows - plan.rows_per_epoch < plan.lanes
+        assert sum(1 for row in seen if row[0] == epoch) == plan.orders[0].rows_per_epoch
+    assert all(0 <= row < plan.orders[0].rows_per_block[block] for _, block, row in seen)
+    assert 0 <= plan.num_rows - plan.orders[0].rows_per_epoch < plan.lanes
 
 
 @pytest.mark.parametrize("rows", [[10] * 10 + [7], [107]], ids=["many blocks", "one block"])
@@ -70,8 +70,8 @@ def test_epochs_run_on_inside_a_step():
 @given(plans(), st.integers(0, 50))
 def test_any_world_sees_the_same_global_batch(plan, step):
     whole = step_rows(plan, step)
-    for size in range(1, 2 * plan.global_batch + 1):
-        bounds = [rank_slots(plan.global_batch, rank=rank, world_size=size) for rank in range(size)]
+    for size in range(1, 2 * plan.global_batch(0) + 1):
+        bounds = [rank_slots(plan.global_batch(0), rank=rank, world_size=size) for rank in range(size)]
         joined = [row for first, last in bounds for row in triples(plan.slots(step, first, last))]
         assert joined == whole, size
 
@@ -80,9 +80,10 @@ def test_any_world_sees_the_same_global_batch(plan, step):
 def test_a_step_does_not_depend_on_what_was_asked_before(plan, steps):
     asked_in_a_row = [step_rows(plan, step) for step in steps]
     for step, rows in zip(reversed(steps), reversed(asked_in_a_row)):
-        fresh = Plan(
-            plan.rows_per_block, seed=plan.seed, source="train", global_batch=plan.global_batch, lanes=plan.lanes,
-            window_rows=plan.window_rows,
+        order = plan.orders[0]
+        fresh = plan_of(
+            order.rows_per_block, seed=plan.seed, global_batch=plan.global_batch(0), lanes=plan.lanes,
+            window_rows=order.window_rows,
         )  # fmt: skip
         assert step_rows(fresh, step) == rows
 
@@ -97,7 +98,9 @@ def test_steps_far_ahead_are_as_good_as_the_first():
 
 
 def epoch_order(plan, epoch):
-    per_epoch = plan.rows_per_epoch // plan.global_batch  # for plans where an epoch is a whole number of steps
+    per_epoch = plan.orders[0].rows_per_epoch // plan.global_batch(
+        0
+    )  # for plans where an epoch is a whole number of steps
     steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
     return tuple(row[1:] for step in steps for row in step_rows(plan, step))
 
@@ -125,7 +128,7 @@ def test_batches_of_a_sorted_corpus_are_nearly_as_mixed_as_independent_draws():
     # Blocks stand for the place in the corpus; the bounds are the promises of docs/data-format.md's order.
     blocks, batch = 4096, 64
     plan = plan_of([16] * blocks, seed=5, global_batch=batch, lanes=64, window_rows=1024)
-    steps = [plan.slots(step, 0, batch).block for step in range(plan.rows_per_lane)]
+    steps = [plan.slots(step, 0, batch).block for step in range(plan.orders[0].turns_per_epoch)]
     distinct = np.mean([len(np.unique(step)) for step in steps])
     assert distinct >= 0.93 * blocks * (1 - (1 - 1 / blocks) ** batch)
     assert np.var([step.mean() for step in steps]) <= 1.15 * (blocks**2 / 12) / batch
@@ -149,7 +152,7 @@ def test_known_batches_never_change():
 def test_a_batch_larger_than_the_data_is_refused_with_both_numbers():
     with pytest.raises(ConfigError, match=r"train\.global_batch: 8 rows are asked for.* has only 7"):
         plan_of([3, 4], global_batch=8)
-    assert plan_of([4, 4], global_batch=8).rows_per_epoch == 8
+    assert plan_of([4, 4], global_batch=8).orders[0].rows_per_epoch == 8
 
 
 def test_an_empty_batch_is_refused():

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dstrain.base.errors import DataError
-from dstrain.data import reader
-from dstrain.data.reader import ShardDataset, parse_npy
+from dstrain.data import stores
+from dstrain.data.reader import ShardDataset, parse_npy, unpack_zstd
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def truth(shards) -> list[list[int]]:
 
 
 def test_threads_read_the_same_blocks(shards, truth, monkeypatch):
-    monkeypatch.setattr(reader, "MAX_OPEN_FILES", 1)  # files are closed under the other threads' feet
+    monkeypatch.setattr(stores, "MAX_OPEN_FILES", 1)  # files are closed under the other threads' feet
     dataset = ShardDataset(shards / "train")
     wrong: list[int] = []
 
@@ -140,7 +141,7 @@ def test_a_shard_cut_while_training_is_refused(damaged):
     dataset.read(0)
     with open(damaged / "shard-000000.tar", "r+b") as file:
         file.truncate(1024)
-    with pytest.raises(DataError, match="ends in the middle of this block"):
+    with pytest.raises(DataError, match=r"ends at byte \d+: cut.*block 1 was asked for"):
         dataset.read(1)
 
 
@@ -179,3 +180,14 @@ def test_only_the_expected_npy_is_parsed():
     for data in bad:
         with pytest.raises(ValueError):  # noqa: PT011  (any reason will do)
             parse_npy(data, **kind)
+
+
+def test_only_one_whole_frame_of_the_declared_size_is_unpacked():
+    content = bytes(range(256)) * 40
+    frame = zstandard.ZstdCompressor(level=3).compress(content)
+    assert bytes(unpack_zstd(memoryview(frame), raw_length=len(content))) == content
+    undeclared = zstandard.ZstdCompressor(write_content_size=False).compress(content)
+    bomb = zstandard.ZstdCompressor().compress(bytes(1 << 26))
+    for data in (undeclared, bomb, frame + b"x", frame + frame, frame[:-1], b"", b"PK\x03\x04" + content):
+        with pytest.raises(ValueError, match="zstd frame"):
+            unpack_zstd(memoryview(data), raw_length=len(content))

@@ -13,7 +13,7 @@ class Dataset:
     """Three blocks that count how often they are asked."""
 
     def __init__(self, path):
-        self.path, self.asked = path, []
+        self.notes_folder, self.asked = path, []
 
     def ends(self, block):
         self.asked.append(block)
@@ -80,3 +80,7 @@ def test_a_folder_that_cannot_be_written_costs_only_time(tmp_path):
 def test_a_rank_that_may_not_write_leaves_no_file(tmp_path):
     assert rows(tmp_path, may_write=False) == (EXPECTED, [0, 1, 2])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dataset_without_a_place_for_notes_is_counted_at_every_start():
+    assert rows(None) == rows(None) == (EXPECTED, [0, 1, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import tarfile
 from pathlib import Path
@@ -10,11 +11,13 @@ import datasets
 import numpy as np
 import pytest
 import webdataset
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dstrain.base.errors import DataError
 from dstrain.data.block_index import MAX_MEMBER_BYTES, parse_records
+from dstrain.data.inspect import verify_dataset
 from dstrain.data.reader import ShardDataset
 from dstrain.data.shard_writer import TAIL_INDEX, ShardWriter
 
@@ -31,9 +34,21 @@ def identity(vocab_size: int = 1000, dtype: str = "uint16") -> dict:
 
 
 def write(
-    folder: Path, documents: list[np.ndarray], *, block_tokens: int = 64, shard_bytes: int = 4096, **kind
+    folder: Path,
+    documents: list[np.ndarray],
+    *,
+    block_tokens: int = 64,
+    shard_bytes: int = 4096,
+    compression: str = "none",
+    **kind,
 ) -> ShardDataset:
-    writer = ShardWriter(folder, identity=identity(**kind), block_tokens=block_tokens, shard_bytes=shard_bytes)
+    writer = ShardWriter(
+        folder,
+        identity=identity(**kind),
+        block_tokens=block_tokens,
+        shard_bytes=shard_bytes,
+        compression=compression,
+    )
     for document in documents:
         writer.add(document)
     writer.finish(provenance={})
@@ -58,10 +73,11 @@ def shard_paths(folder: Path) -> list[str]:
     documents=st.lists(st.lists(st.integers(0, 69_999), min_size=1, max_size=150), max_size=30),
     block_tokens=st.integers(64, 200),
     shard_bytes=st.integers(4096, 20_000),
+    compression=st.sampled_from(["none", "zstd"]),
 )
-def test_documents_come_back_whole_and_in_order(tmp_path_factory, documents, block_tokens, shard_bytes):
+def test_documents_come_back_whole_and_in_order(tmp_path_factory, documents, block_tokens, shard_bytes, compression):
     arrays = [np.array(document, dtype=np.uint32) for document in documents]
-    kind = {"vocab_size": 70_000, "dtype": "uint32"}
+    kind = {"vocab_size": 70_000, "dtype": "uint32", "compression": compression}
     folder = tmp_path_factory.mktemp("round") / "d"
     dataset = write(folder, arrays, block_tokens=block_tokens, shard_bytes=shard_bytes, **kind)
     assert documents_of(dataset) == documents
@@ -78,6 +94,32 @@ def test_webdataset_reads_every_token(shards):
         assert {key for key in sample if not key.startswith("__")} == {"ends.npy", "tokens.npy"}
         assert np.array_equal(sample["tokens.npy"], dataset.read(number).tokens)
         assert np.array_equal(sample["ends.npy"], dataset.read(number).ends)
+
+
+def test_webdataset_gives_the_frame_of_a_compressed_block(compressed):
+    samples = list(webdataset.WebDataset(shard_paths(compressed.path), shardshuffle=False).decode())
+    assert len(samples) == compressed.manifest.num_blocks > 1
+    for number, sample in enumerate(samples):
+        assert {key for key in sample if not key.startswith("__")} == {"ends.npy", "tokens.npy.zst"}
+        raw = zstandard.ZstdDecompressor().decompress(sample["tokens.npy.zst"])
+        assert np.array_equal(np.load(io.BytesIO(raw)), compressed.read(number).tokens)
+
+
+def test_compressed_shards_are_smaller_and_verify(compressed, tmp_path):
+    assert (compressed.blocks["len"] < compressed.blocks["raw_len"]).all()
+    assert verify_dataset(compressed.path, quiet=True).is_sound
+    path = Path(shard_paths(compressed.path)[0])
+    data = bytearray(path.read_bytes())
+    data[int(compressed.blocks[0]["off"]) + 9] ^= 1
+    path.write_bytes(data)
+    problems = verify_dataset(compressed.path, quiet=True).problems
+    assert any("block 0 is damaged" in problem for problem in problems)
+
+
+@pytest.fixture
+def compressed(tmp_path) -> ShardDataset:
+    documents = [np.arange(length) % 7 for length in range(100, 400, 9)]
+    return write(tmp_path / "z", documents, block_tokens=512, shard_bytes=8192, compression="zstd")
 
 
 def test_hugging_face_datasets_reads_every_token(shards, tmp_path):
@@ -110,10 +152,11 @@ def test_a_lone_shard_describes_itself(shards):
         assert places == {int(r["off"]): int(r["len"]) for r in records}
 
 
-def test_the_same_documents_give_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_the_same_documents_give_the_same_bytes(tmp_path, compression):
     documents = [np.arange(1, length, dtype=np.uint16) for length in range(2, 90)]
     for name in ("a", "b"):
-        write(tmp_path / name, documents)
+        write(tmp_path / name, documents, compression=compression)
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 

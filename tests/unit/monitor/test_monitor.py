@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -6,7 +7,7 @@ from dstrain.base.world import World
 from dstrain.monitor.config import MonitorConfig
 from dstrain.monitor.events import read_events
 from dstrain.monitor.flops import ModelShape
-from dstrain.monitor.monitor import Monitor
+from dstrain.monitor.monitor import Monitor, ledger_curves
 
 # TensorBoard's writing thread dies with a traceback when its folder goes away; pytest may notice in a later test.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -151,6 +152,8 @@ def test_tensorboard_shows_every_promised_curve(tmp_path):
         *(f"time/{n}_seconds" for n in parts),
         *(f"progress/{n}" for n in ("tokens", "rows", "epoch")),
         "cost/usd",
+        "ledger/total",
+        "ledger/step",
         "evaluation/loss",
     }
     assert [e.step for e in accumulator.Scalars("train/loss")] == [1, 10]
@@ -170,3 +173,26 @@ def test_a_run_folder_deleted_under_the_run_stops_nothing(tmp_path):
     observer.on_end(state)
     assert [e["step"] for e in events(tmp_path / "run", "step")] == [2, 3]
     assert events(tmp_path / "run", "ended")[0]["events_dropped"] >= 1
+
+
+def test_the_ledger_in_tensorboard_tells_two_runs_apart_and_is_whole_at_saves(tmp_path):
+    first = monitor(tmp_path, log_every=1, tensorboard=True)
+    state = RunState(step=3, rows=24, tokens=2700, ledger=2**62 + 2**23 + 5)
+    first.on_step(state, report(3))
+    first.saved(state, seconds=0.5, folder="step-00000003")
+    first.on_end(state)
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard"))
+    accumulator.Reload()
+    assert [(e.step, int(e.value)) for e in accumulator.Scalars("ledger/total")] == [(3, 2**23 + 5)]
+    assert [int(e.value) for e in accumulator.Scalars("ledger/step")] == [3]
+    (text,) = accumulator.Tensors("ledger/text_summary")
+    assert str(state.ledger).encode() in text.tensor_proto.string_val[0]
+    (saved,) = events(tmp_path, "saved")
+    assert int(saved["ledger"]) == state.ledger
+    assert saved["folder"] == "step-00000003"
+
+
+@pytest.mark.parametrize("bit", [0, 1, 12, 23])
+def test_a_ledger_curve_keeps_every_one_of_its_bits_in_float32(bit):
+    at = 2**62 + (2**24 - 1 - (1 << bit))
+    assert int(np.float32(ledger_curves(total=at, of_step=at)["ledger/total"])) == at % 2**24

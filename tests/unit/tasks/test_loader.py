@@ -168,7 +168,7 @@ def test_the_epoch_runs_on_with_the_steps():
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_a_state_fits_another_world_size(world_size):
     state = loaders(10, world_size=1)[0].state_dict()
-    loaders(10, world_size=world_size)[-1].check_state(state)
+    loaders(10, world_size=world_size)[-1].restore(state, step=5)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_a_state_of_other_data_order_or_batch_is_refused_with_the_difference(cha
     n = change.pop("n", 10)
     [other] = loaders(n, world_size=1, **change)
     with pytest.raises(CheckpointError, match=key):
-        other.check_state(state)
+        other.restore(state, step=5)
 
 
 @pytest.mark.parametrize("name", ["global_batch", "micro_batch"])

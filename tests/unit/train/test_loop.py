@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from dstrain.base.errors import DataError, NoProgressError
 from dstrain.base.protocols import RunState, StepData, StepReport
-from dstrain.data.loader import LEDGER_MODULUS
+from dstrain.data.ledger import LEDGER_MODULUS
 from dstrain.train.engine import StepTotals
 from dstrain.train.loop import Boundary, Ending, advance, train
 
@@ -26,7 +27,7 @@ class FakeEngine:
         return StepTotals(
             loss=1.0, accuracy=0.5, gradient_norm=1.0, applied=not self.skip(step), num_targets=3, num_tokens=10 + step,
             num_rows=4, padded_tokens=16, ledger=LEDGER_MODULUS // 2 + step, stop_requested=stop_requested,
-            forward_backward_s=0.0, step_s=0.0, epoch=data.epoch,
+            damaged=data.damaged, forward_backward_s=0.0, step_s=0.0, epoch=data.epoch,
         )  # fmt: skip
 
 
@@ -219,3 +220,16 @@ def test_a_fault_of_the_data_is_handed_to_the_engine_as_that_step_so_that_ranks_
         )  # fmt: skip
     assert [asked[0] for asked in engine.asked] == [4, 5]
     assert state.step == 5
+
+
+def test_damage_is_told_once_the_step_is_counted_and_before_anything_is_saved() -> None:
+    log: list[Any] = []
+    data = [StepData((), num_rows=4, padded_tokens=16, ledger=0, epoch=0.0) for _ in range(3)]
+    data[1] = dataclasses.replace(data[1], damaged=(("wiki", 7),))
+    state = RunState()
+    train(
+        engine=FakeEngine(), steps=enumerate(data), state=state, max_steps=3, learning_rate=lambda step: 0.0,  # type: ignore[arg-type]
+        observers=[], boundary=Boundary(save=lambda step: log.append(("save", step)), save_every=1),
+        stop_requested=lambda: False, skipped_limit=9, on_damage=lambda step, blocks: log.append((step, blocks)),
+    )  # fmt: skip
+    assert log == [("save", 1), (2, (("wiki", 7),)), ("save", 2), ("save", 3)]

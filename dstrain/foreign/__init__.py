@@ -1,0 +1,1 @@
+"""WebDataset tars that others wrote: walked strictly, indexed once, read at random without being rewritten."""

@@ -1,0 +1,58 @@
+"""Joining the shards of several reduce tasks; killed finishes are in tests/fault/test_build_kill.py."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from dstrain.base.errors import DataError
+from dstrain.corpus import build_finish
+from dstrain.corpus.build import ShardBuildConfig, build_shards
+from dstrain.data.inspect import verify_dataset
+from dstrain.data.reader import ShardDataset
+
+
+@pytest.fixture
+def config():
+    return ShardBuildConfig(block_tokens=64, shard_bytes=4096, validation_fraction=0.1)
+
+
+def test_shards_of_all_groups_are_numbered_through_and_sound(corpus, tokenizer_folder, tmp_path, config):
+    report = build_shards([str(corpus)], tokenizer=tokenizer_folder, out=tmp_path / "out", config=config, quiet=True)
+    names = [shard.name for shard in report.train.shards]
+    assert names == [f"shard-{k:06d}.tar" for k in range(len(names))]
+    assert len(names) > 3
+    blocks = ShardDataset(report.path / "train").blocks
+    assert np.array_equal(np.unique(blocks["shard"]), np.arange(len(names)))
+    assert verify_dataset(report.path).problems == ()
+
+
+def test_a_card_and_numbers_stand_beside_the_shards(corpus, tokenizer_folder, tmp_path, config):
+    report = build_shards([str(corpus)], tokenizer=tokenizer_folder, out=tmp_path / "out", config=config, quiet=True)
+    stats = json.loads((report.path / "stats.json").read_text())
+    assert stats["totals"]["documents"] == 120
+    assert stats["splits"]["train"]["shards"] == len(report.train.shards)
+    assert stats["counts"]["tokens"]["train"] == report.train.num_tokens
+    assert (report.path / "README.md").read_text().startswith("---\n")
+
+
+def test_a_corpus_without_tokens_is_refused(tokenizer_folder, tmp_path, config):
+    path = tmp_path / "c.txt"
+    path.write_text("\u200b")  # text for Python, nothing for this tokenizer
+    with pytest.raises(DataError, match="the corpus gives no tokens"):
+        build_shards([str(path)], tokenizer=tokenizer_folder, out=tmp_path / "out", config=config, quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_that_vanish_from_the_work_folder_are_missed(corpus, tokenizer_folder, tmp_path, config, monkeypatch):
+    def lose(*arguments, **named):
+        for shard in (tmp_path / ".work-out" / "data").rglob("shard-000000.tar"):
+            shard.unlink()
+        return finish(*arguments, **named)
+
+    finish = build_finish.finish_build
+    monkeypatch.setattr("dstrain.corpus.build.finish_build", lose)
+    with pytest.raises(DataError, match="the work folder was touched"):
+        build_shards([str(corpus)], tokenizer=tokenizer_folder, out=tmp_path / "out", config=config, quiet=True)
