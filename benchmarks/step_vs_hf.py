@@ -97,7 +97,7 @@ def run_dstrain(args: argparse.Namespace) -> dict[str, float]:
         tokens, started, cpu, losses = 0, 0.0, 0.0, []
         with Prefetcher(parts.loader, first_step=0, last_step=args.warmup + args.steps, depth=2) as steps:
             for step, data in steps:
-                totals = engine.train_step(data, step=step, learning_rate=LEARNING_RATE, stop_requested=False)
+                totals = engine.train_step(data, step=step, learning_rate=LEARNING_RATE)
                 losses.append(totals.loss)
                 if step + 1 == args.warmup:
                     started, cpu = time.perf_counter(), time.process_time()

@@ -187,6 +187,51 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True)
+class StepFlags:
+    """What a rank asks of the run before a step; all ranks learn in that step's agreement what any of them asked."""
+
+    stop: bool = False
+    """Save at the next boundary and leave."""
+    hurry: bool = False
+    """Little time is left: nothing at the boundary but what saving needs."""
+    save_wanted: bool = False
+    """A save is due at the next boundary (rank 0's schedule, or a person asked)."""
+    save_failed: bool = False
+    """The save in flight failed on this rank: all ranks settle it at the next boundary."""
+
+
+class Interrupted(Exception):  # noqa: N818  (not a fault: the answer to a stop request)
+    """Collective. A long phase was left early because of a stop request; raised on all ranks at the same point.
+
+    Also raised by a rank's data iterator when it has no data for the step yet and will not wait for it.
+    """
+
+
+class Progress(Protocol):
+    """Told by the loop what it is about to do, so that a watchdog knows how long that may take."""
+
+    def enter(self, phase: str, step: int) -> None:
+        """A phase begins.
+
+        Args:
+            phase: one of `PHASES`.
+            step: optimizer steps done.
+        """
+        ...
+
+
+PHASES = ("data", "step", "evaluate", "save")
+"""What the loop does: wait for data, take a step, evaluate, save."""
+
+
+class Unwatched:
+    """A `Progress` that nobody looks at."""
+
+    def enter(self, phase: str, step: int) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
 class StepReport:
     """What one optimizer step did; global values, the same on every rank."""
 
@@ -229,6 +274,8 @@ class RunState:
     """Wall seconds spent in steps, over all restarts."""
     best_metric: float | None = None
     best_step: int | None = None
+    evaluation_due: bool = False
+    """The evaluation at this step was left out for a stop request; the run that goes on makes up for it."""
 
 
 class Observer(Protocol):

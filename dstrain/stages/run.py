@@ -18,7 +18,7 @@ from dstrain.base.config import dump_yaml, to_plain
 from dstrain.base.device import device_name
 from dstrain.base.errors import CheckpointError, ConfigError, ExitCode, NothingToResumeError, StorageError
 from dstrain.base.logs import get_logger
-from dstrain.base.protocols import RunState
+from dstrain.base.protocols import RunState, StepFlags
 from dstrain.base.storage import make_directory, write_json, write_text
 from dstrain.checkpoint.fragments import EngineState
 from dstrain.checkpoint.layout import checkpoints_folder, published_steps, step_folder
@@ -254,7 +254,7 @@ class Run:
                 ),
                 observers=[self.monitor],
                 boundary=boundary,
-                stop_requested=lambda: stop.reason is not None,
+                flags=lambda: StepFlags(stop=stop.reason is not None),
                 skipped_limit=config.train.skipped_steps_limit,
                 on_damage=self._close_blocks,
             )

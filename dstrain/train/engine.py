@@ -1,7 +1,7 @@
 """The one engine: DeepSpeed on GPUs and, with gloo, on a CPU. Forward, backward, clip and step happen only here.
 
 Target tokens are counted over all ranks and micro-batches before the loss is scaled, so the mean is right for any split
-of the batch; the counters, the stop requests and the ledger ride on that same small agreement. Does not decide what is
+of the batch; the counters, the flags (stop, save) and the ledger ride on that same small agreement. Does not decide what is
 trained on, when to save or when to stop.
 """
 
@@ -12,8 +12,8 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -26,7 +26,7 @@ from dstrain.base.control import ControlPlane
 from dstrain.base.device import Precision
 from dstrain.base.errors import ConfigError, DstrainError, MachineError
 from dstrain.base.logs import get_logger
-from dstrain.base.protocols import LossParts, MicroBatch, Objective, StepData
+from dstrain.base.protocols import Interrupted, LossParts, MicroBatch, Objective, StepData, StepFlags
 from dstrain.base.seeds import derive
 from dstrain.base.world import World
 from dstrain.optim.adamw import OptimizerConfig, build_adamw, parameter_groups
@@ -37,6 +37,10 @@ _LOG = get_logger(__name__)
 
 PARAMETER_PREFIX = "model.model."
 """What the engine's wrapping adds in front of the Hugging Face parameter names."""
+
+
+NO_FLAGS = StepFlags()
+_BATCHES_BETWEEN_POLLS = 4  # of an evaluation: a poll is one small agreement, a batch many milliseconds
 
 
 class TrainedModule(nn.Module):
@@ -67,7 +71,8 @@ class StepTotals:
     padded_tokens: int
     ledger: int
     epoch: float
-    stop_requested: bool
+    flags: StepFlags
+    """What any rank asked for before this step; the same on every rank."""
     damaged: tuple[tuple[str, int], ...]
     """(source, block) of blocks that some rank did without in this step; the same on every rank."""
     forward_backward_s: float
@@ -169,8 +174,8 @@ class Engine:
         return module
 
     def train_step(
-        self, data: StepData | DstrainError, *, step: int, learning_rate: float, stop_requested: bool
-    ) -> StepTotals:
+        self, data: StepData | DstrainError | Interrupted, *, step: int, learning_rate: float, flags: StepFlags = NO_FLAGS
+    ) -> StepTotals:  # fmt: skip
         """Collective. One optimizer step.
 
         Args:
@@ -178,14 +183,15 @@ class Engine:
                 learn in the same agreement, so that none is left waiting in a collective.
             step: steps done before this one; keys dropout.
             learning_rate: of this step.
-            stop_requested: this rank was asked to stop; all ranks learn of it.
+            flags: what this rank asks for; all ranks learn of it.
 
         Raises:
             DstrainError: this rank's data fault; PeerError where another rank had one.
+            Interrupted: some rank did not wait for its data, because it was asked to stop; no rank took the step.
         """
         started = time.perf_counter()
-        counts = self._agree(data, stop_requested)
-        if isinstance(data, DstrainError):  # _agree has raised it already
+        counts = self._agree(data, flags)
+        if isinstance(data, (DstrainError, Interrupted)):  # _agree has raised it already
             raise data
         self._accumulate(len(data.micro_batches))
         scale = self.control.world.size / max(1, counts.num_targets)
@@ -219,19 +225,30 @@ class Engine:
             padded_tokens=counts.padded_tokens,
             ledger=counts.ledger,
             epoch=data.epoch,
-            stop_requested=counts.stop,
+            flags=counts.flags,
             damaged=counts.damaged,
             forward_backward_s=backward_done - started,
             step_s=time.perf_counter() - backward_done,
         )
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, float, int]:
-        """Collective. Mean loss, accuracy and target count over all ranks' batches; every rank passes equally many."""
+    def evaluate(
+        self, batches: Sequence[MicroBatch], *, should_leave: Callable[[], bool] | None = None
+    ) -> tuple[float, float, int]:
+        """Collective. Mean loss, accuracy and target count over all ranks' batches; every rank passes equally many.
+
+        Args:
+            batches: this rank's share.
+            should_leave: whether this rank was asked to stop; given on every rank or on none.
+
+        Raises:
+            Interrupted: some rank was asked to stop; on all ranks after the same batch.
+        """
         self.engine.eval()
         totals = [0.0, 0.0, 0.0]
         try:
-            for batch in batches:
+            for number, batch in enumerate(batches):
+                self._leave_together(should_leave, number)
                 loss_sum, hits = self.engine(batch.to(self.device))
                 totals = [totals[0] + float(loss_sum), totals[1] + float(hits), totals[2] + batch.num_targets]
         finally:
@@ -240,13 +257,31 @@ class Engine:
         return loss / max(1.0, targets), correct / max(1.0, targets), int(targets)
 
     @torch.no_grad()
-    def predict(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Collective. fp32 logits of each batch, on the CPU; every rank passes equally many batches."""
+    def predict(self, batches: Sequence[MicroBatch], *, should_leave: Callable[[], bool] | None = None) -> list[Tensor]:
+        """Collective. fp32 logits of each batch, on the CPU; every rank passes equally many batches.
+
+        Args:
+            batches: this rank's share.
+            should_leave: as in `evaluate`.
+
+        Raises:
+            Interrupted: as in `evaluate`.
+        """
         self.engine.eval()
+        found = []
         try:
-            return [self.engine.module.model(batch.to(self.device)).float().cpu() for batch in batches]
+            for number, batch in enumerate(batches):
+                self._leave_together(should_leave, number)
+                found.append(self.engine.module.model(batch.to(self.device)).float().cpu())
         finally:
             self.engine.train()
+        return found
+
+    def _leave_together(self, should_leave: Callable[[], bool] | None, number: int) -> None:
+        """Collective every few batches: leave a long evaluation when any rank was asked to."""
+        if should_leave is not None and number % _BATCHES_BETWEEN_POLLS == 0:
+            if not self.control.all_true(not should_leave()):
+                raise Interrupted("asked to stop during an evaluation")
 
     def _accumulate(self, num_micro: int) -> None:
         """Take steps of another number of micro-batches (a batch-size phase began)."""
@@ -258,9 +293,10 @@ class Engine:
         if hasattr(self.engine.optimizer, "gradient_accumulation_steps"):
             self.engine.optimizer.gradient_accumulation_steps = num_micro
 
-    def _agree(self, data: StepData | DstrainError, stop_requested: bool) -> _Counts:
+    def _agree(self, data: StepData | DstrainError | Interrupted, flags: StepFlags) -> _Counts:
         fault = data if isinstance(data, DstrainError) else None
-        if isinstance(data, DstrainError):
+        left = isinstance(data, Interrupted)
+        if isinstance(data, (DstrainError, Interrupted)):
             data = StepData((), num_rows=0, padded_tokens=0, ledger=0, epoch=0.0)
         local = (
             sum(b.num_targets for b in data.micro_batches),
@@ -269,15 +305,19 @@ class Engine:
             data.padded_tokens,
             data.ledger & 0xFFFFFFFF,
             data.ledger >> 32,
-            int(stop_requested),
             int(fault is not None),
+            int(left),
             len(data.damaged),
+            *map(int, astuple(flags)),
         )
-        targets, tokens, rows, padded, low, high, stop, faults, damages = self.control.sum(local)
+        targets, tokens, rows, padded, low, high, faults, leaving, damages, *asked = self.control.sum(local)
         if faults:
             self.control.together(lambda: _raise(fault))
+        if leaving:
+            raise Interrupted("asked to stop while waiting for data")
         damaged = self._all_damaged(data) if damages else ()
-        return _Counts(targets, tokens, rows, padded, (low + (high << 32)) % (1 << 63), stop > 0, damaged)
+        agreed = StepFlags(*(number > 0 for number in asked))
+        return _Counts(targets, tokens, rows, padded, (low + (high << 32)) % (1 << 63), agreed, damaged)
 
     def _all_damaged(self, data: StepData) -> tuple[tuple[str, int], ...]:
         """Collective. Blocks that any rank could not read, the same tuple on every rank."""
@@ -308,5 +348,5 @@ class _Counts:
     num_rows: int
     padded_tokens: int
     ledger: int
-    stop: bool
+    flags: StepFlags
     damaged: tuple[tuple[str, int], ...]

@@ -6,6 +6,7 @@ use values that are the same on every rank. Knows no objective, no file format a
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,16 @@ from enum import Enum
 from typing import TypeVar
 
 from dstrain.base.errors import DstrainError, NoProgressError
-from dstrain.base.protocols import Observer, RunState, StepData, StepReport
+from dstrain.base.protocols import (
+    Interrupted,
+    Observer,
+    Progress,
+    RunState,
+    StepData,
+    StepFlags,
+    StepReport,
+    Unwatched,
+)
 from dstrain.data.ledger import LEDGER_MODULUS
 from dstrain.train.engine import Engine, StepTotals
 
@@ -32,32 +42,63 @@ class Boundary:
     """What happens between two steps; each action is collective and called with the steps done."""
 
     evaluate: Callable[[int], bool] | None = None
-    """Returns whether this state is worth a checkpoint of its own (a new best)."""
+    """Returns whether this state is worth a checkpoint of its own (a new best); may raise `Interrupted` on all ranks."""
     save: Callable[[int], None] | None = None
+    """Starts a save of the present state; what is written behind the training may fail later."""
+    settle: Callable[[], bool] | None = None
+    """Waits for the save in flight to end; whether it is published (True when none was in flight)."""
     evaluate_every: int | None = None
     save_every: int | None = None
     last_saved: int = -1
+    progress: Progress = field(default_factory=Unwatched)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def run(self, step: int, *, max_steps: int) -> None:
-        """Evaluate and save where this step asks for it; evaluation first, so that a save knows the newest metric."""
+    def run(self, state: RunState, *, max_steps: int, flags: StepFlags) -> None:
+        """Evaluate and save where this step or a flag asks for it; evaluation first, so that a save knows the newest metric.
+
+        A stop takes the place of an evaluation that is due, except at the end of the run; a hurry also there.
+        """
+        step = state.step
+        if flags.save_failed:
+            self.settle_now(step)
         if self.evaluate is not None and (step == max_steps or _due(step, self.evaluate_every)):
-            if self._timed("evaluate", self.evaluate, step):
-                self.save_now(step)
-        if self.save is not None and (step == max_steps or _due(step, self.save_every)):
+            if flags.hurry or (flags.stop and step < max_steps):
+                state.evaluation_due = True
+            else:
+                self.evaluate_now(state)
+        if step == max_steps or _due(step, self.save_every) or flags.save_wanted or flags.stop or flags.hurry:
             self.save_now(step)
 
+    def evaluate_now(self, state: RunState) -> None:
+        """Evaluate this state and save it when it is the best; an interrupted evaluation stays due."""
+        if self.evaluate is None:
+            return
+        state.evaluation_due = True
+        with contextlib.suppress(Interrupted):
+            best = self._timed("evaluate", self.evaluate, state.step)
+            state.evaluation_due = False
+            if best:
+                self.save_now(state.step)
+
     def save_now(self, step: int) -> None:
-        """Save unless this step is saved already."""
+        """Start a save unless this step is saved already."""
         if self.save is not None and self.last_saved != step:
             self._timed("save", self.save, step)
             self.last_saved = step
 
+    def settle_now(self, step: int) -> None:
+        """Wait for the save in flight; a failed one does not count as saved."""
+        settle = self.settle
+        if settle is not None and not self._timed("save", lambda _: settle(), step):
+            self.last_saved = -1
+
     def _timed(self, part: str, action: Callable[[int], ResultT], step: int) -> ResultT:
         started = time.perf_counter()
-        result = action(step)
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
-        return result
+        self.progress.enter(part, step)
+        try:
+            return action(step)
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
 
     def take_seconds(self) -> dict[str, float]:
         """Seconds spent since the last call, by part."""
@@ -74,7 +115,7 @@ def train(
     learning_rate: Callable[[int], float],
     observers: Sequence[Observer],
     boundary: Boundary,
-    stop_requested: Callable[[], bool],
+    flags: Callable[[], StepFlags],
     skipped_limit: int,
     on_damage: Callable[[int, tuple[tuple[str, int], ...]], None] | None = None,
 ) -> Ending:
@@ -82,25 +123,35 @@ def train(
 
     Args:
         engine: does a step.
-        steps: (step, data) from `state.step` on.
+        steps: (step, data) from `state.step` on; may raise `Interrupted` where this rank will not wait for data.
         state: the counters; advanced in place.
         max_steps: end of the run.
         learning_rate: of a step, from steps done.
         observers: look at every report.
-        boundary: evaluation and saving between steps.
-        stop_requested: whether this rank was asked to stop.
+        boundary: evaluation and saving between steps; its `progress` is told what the loop does.
+        flags: what this rank asks for; read before each step.
         skipped_limit: consecutive skipped steps that end the run.
         on_damage: told of the steps done and of the blocks that some rank had to do without, the same on every rank.
 
     Raises:
         NoProgressError: too many steps in a row were skipped.
     """
+    progress = boundary.progress
+    if state.evaluation_due:
+        boundary.evaluate_now(state)
+        if state.evaluation_due:
+            return _leave(Ending.STOPPED, state, observers, boundary)
     skipped_in_row = 0
     clock = time.perf_counter()
+    progress.enter("data", state.step)
     for step, data in _with_faults(steps, state.step):
         waited = time.perf_counter() - clock
         rate = learning_rate(step)
-        totals = engine.train_step(data, step=step, learning_rate=rate, stop_requested=stop_requested())
+        progress.enter("step", step)
+        try:
+            totals = engine.train_step(data, step=step, learning_rate=rate, flags=flags())
+        except Interrupted:
+            return _leave(Ending.STOPPED, state, observers, boundary)
         seconds = {"data": waited, "forward_backward": totals.forward_backward_s, "step": totals.step_s}
         seconds |= boundary.take_seconds()
         now = time.perf_counter()
@@ -115,16 +166,17 @@ def train(
             on_damage(state.step, totals.damaged)
         skipped_in_row = 0 if report.applied or engine.precision == "fp16" else skipped_in_row + 1
         if skipped_in_row >= skipped_limit:
+            boundary.settle_now(state.step)
             raise NoProgressError(
                 f"{skipped_in_row} steps in a row were skipped for non-finite gradients, the last at step {state.step}: "
                 "lower optimizer.learning_rate, lengthen schedule.warmup_steps, or use engine.precision: fp32"
             )
-        boundary.run(state.step, max_steps=max_steps)
-        if totals.stop_requested and state.step < max_steps:
-            boundary.save_now(state.step)
-            return _leave(Ending.STOPPED, state, observers)
+        boundary.run(state, max_steps=max_steps, flags=totals.flags)
+        if state.evaluation_due or (state.step < max_steps and (totals.flags.stop or totals.flags.hurry)):
+            return _leave(Ending.STOPPED, state, observers, boundary)
+        progress.enter("data", state.step)
         clock = time.perf_counter()
-    return _leave(Ending.COMPLETE, state, observers)
+    return _leave(Ending.COMPLETE, state, observers, boundary)
 
 
 def advance(state: RunState, report: StepReport) -> None:
@@ -139,14 +191,14 @@ def advance(state: RunState, report: StepReport) -> None:
 
 def _with_faults(
     steps: Iterable[tuple[int, StepData]], first_step: int
-) -> Iterator[tuple[int, StepData | DstrainError]]:
-    """The steps; a rank's data fault is handed on like data, so that the ranks can agree on it."""
+) -> Iterator[tuple[int, StepData | DstrainError | Interrupted]]:
+    """The steps; a rank's data fault or early leave is handed on like data, so that the ranks can agree on it."""
     step = first_step
     try:
         for step, data in steps:
             yield step, data
             step += 1
-    except DstrainError as error:
+    except (DstrainError, Interrupted) as error:
         yield step, error
 
 
@@ -154,7 +206,10 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _leave(ending: Ending, state: RunState, observers: Sequence[Observer]) -> Ending:
+def _leave(ending: Ending, state: RunState, observers: Sequence[Observer], boundary: Boundary) -> Ending:
+    """Save what is not saved yet, wait until it is on disk, and let the observers know."""
+    boundary.save_now(state.step)
+    boundary.settle_now(state.step)
     for observer in observers:
         observer.on_end(state)
     return ending

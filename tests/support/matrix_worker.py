@@ -67,7 +67,7 @@ def train(engine: Engine, *, rank: int, steps: int) -> None:
                     num_tokens=15,
                 )
             )
-        engine.train_step(StepData(batches, 2, 30, 0, 0.0), step=step, learning_rate=1e-2, stop_requested=False)
+        engine.train_step(StepData(batches, 2, 30, 0, 0.0), step=step, learning_rate=1e-2)
 
 
 def save(engine: Engine, state: EngineState, folder: Path, *, stage: int, control: ControlPlane) -> None:

@@ -63,7 +63,7 @@ def test_in_bf16_the_masters_hold_the_exact_initial_weights_and_the_parameters_t
 def test_a_step_moves_the_counter_the_masters_and_the_moments(control: ControlPlane, stage: int) -> None:
     engine, state, initial = build(control, stage=stage, precision="fp32")
     data = step_data([packed(documents((9, 5, 3)))])
-    engine.train_step(data, step=0, learning_rate=1e-2, stop_requested=False)
+    engine.train_step(data, step=0, learning_rate=1e-2)
     assert state.optimizer_step() == 1
     held = {(f.name, f.state): f.tensor for f in state.held()}
     name = "bert.encoder.layer.0.output.dense.weight"
@@ -87,7 +87,7 @@ def test_what_is_written_into_the_fragments_is_what_the_model_computes_with(
     expected = engine.predict([batch])[0]
     other, target, _ = build(control, stage=stage, precision=precision)
     if used:
-        other.train_step(step_data([batch]), step=0, learning_rate=0.1, stop_requested=False)
+        other.train_step(step_data([batch]), step=0, learning_rate=0.1)
         assert not torch.allclose(other.predict([batch])[0], expected, atol=1e-2)
     with torch.no_grad():
         for f in target.held():
@@ -97,8 +97,8 @@ def test_what_is_written_into_the_fragments_is_what_the_model_computes_with(
     assert not torch.allclose(other.predict([batch])[0], expected, atol=1e-2)
     target.fill_masters(initial)
     assert torch.equal(other.predict([batch])[0], expected)
-    first = other.train_step(step_data([batch]), step=0, learning_rate=0.0, stop_requested=False)
-    assert first.loss == engine.train_step(step_data([batch]), step=0, learning_rate=0.0, stop_requested=False).loss
+    first = other.train_step(step_data([batch]), step=0, learning_rate=0.0)
+    assert first.loss == engine.train_step(step_data([batch]), step=0, learning_rate=0.0).loss
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dstrain.base.control import ControlPlane
 from dstrain.base.errors import ConfigError, DataError
-from dstrain.base.protocols import IGNORED_LABEL, MicroBatch
+from dstrain.base.protocols import IGNORED_LABEL, Interrupted, MicroBatch, StepFlags
 from dstrain.checkpoint.fragments import EngineState
 from dstrain.objectives.mlm import MlmObjective
 from dstrain.optim.adamw import OptimizerConfig
@@ -57,7 +57,7 @@ def weights(engine: Watched) -> dict[tuple[str, str], Tensor]:
 
 
 def step(engine: Engine, batches: list[MicroBatch], *, number: int = 0, rate: float = 1e-2, **options: Any) -> Any:
-    return engine.train_step(step_data(batches, **options), step=number, learning_rate=rate, stop_requested=False)
+    return engine.train_step(step_data(batches, **options), step=number, learning_rate=rate)
 
 
 def test_the_loss_is_the_mean_over_all_targets_however_the_rows_are_cut(control: ControlPlane) -> None:
@@ -205,11 +205,11 @@ def test_evaluation_weighs_batches_by_their_targets(control: ControlPlane) -> No
 def test_counters_the_ledger_and_a_stop_request_come_back(control: ControlPlane) -> None:
     engine = build(control)
     data = step_data([batch_of(rows())], ledger=(1 << 62) + 12345)
-    totals = engine.train_step(data, step=0, learning_rate=0.0, stop_requested=True)
+    totals = engine.train_step(data, step=0, learning_rate=0.0, flags=StepFlags(stop=True))
     assert totals.ledger == (1 << 62) + 12345
-    assert totals.stop_requested
+    assert totals.flags == StepFlags(stop=True)
     assert (totals.num_rows, totals.num_tokens) == (8, sum(LENGTHS))
-    assert not engine.train_step(data, step=1, learning_rate=0.0, stop_requested=False).stop_requested
+    assert not engine.train_step(data, step=1, learning_rate=0.0).flags.stop
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
@@ -240,6 +240,31 @@ def test_a_fault_of_the_data_is_raised_by_the_step_and_leaves_the_weights_alone(
     engine = build(control)
     before = weights(engine)
     with pytest.raises(DataError, match="damaged"):
-        engine.train_step(DataError("a damaged shard"), step=0, learning_rate=0.1, stop_requested=False)
+        engine.train_step(DataError("a damaged shard"), step=0, learning_rate=0.1)
     assert all(torch.equal(before[key], tensor) for key, tensor in weights(engine).items())
     assert step(engine, [batch_of(rows())]).applied
+
+
+def test_each_flag_comes_back_as_itself(control: ControlPlane) -> None:
+    engine, data = build(control), step_data([batch_of(rows())])
+    for name in vars(StepFlags()):
+        asked = StepFlags(**{name: True})
+        assert engine.train_step(data, step=0, learning_rate=0.0, flags=asked).flags == asked
+
+
+def test_an_evaluation_is_left_when_asked_to_and_training_goes_on(control: ControlPlane) -> None:
+    engine, batch = build(control), batch_of(rows())
+    polls = iter([False, False, True])
+    for look in (engine.evaluate, engine.predict):
+        with pytest.raises(Interrupted):
+            look([batch] * 40, should_leave=lambda: next(polls, True))
+        assert engine.engine.module.training
+    assert engine.evaluate([batch], should_leave=lambda: False) == engine.evaluate([batch])
+
+
+def test_a_rank_without_data_leaves_without_a_step(control: ControlPlane) -> None:
+    engine = build(control)
+    before = weights(engine)
+    with pytest.raises(Interrupted):
+        engine.train_step(Interrupted(), step=0, learning_rate=0.1)
+    assert all(torch.equal(before[key], tensor) for key, tensor in weights(engine).items())

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dstrain.base.errors import DataError, NoProgressError
-from dstrain.base.protocols import RunState, StepData, StepReport
+from dstrain.base.protocols import PHASES, Interrupted, RunState, StepData, StepFlags, StepReport
 from dstrain.data.ledger import LEDGER_MODULUS
 from dstrain.train.engine import StepTotals
 from dstrain.train.loop import Boundary, Ending, advance, train
@@ -22,11 +22,11 @@ class FakeEngine:
         self.skip, self.precision = skip, precision
         self.asked: list[tuple[int, float, bool]] = []
 
-    def train_step(self, data: StepData, *, step: int, learning_rate: float, stop_requested: bool) -> StepTotals:
-        self.asked.append((step, learning_rate, stop_requested))
+    def train_step(self, data: StepData, *, step: int, learning_rate: float, flags: StepFlags) -> StepTotals:
+        self.asked.append((step, learning_rate, flags.stop))
         return StepTotals(
             loss=1.0, accuracy=0.5, gradient_norm=1.0, applied=not self.skip(step), num_targets=3, num_tokens=10 + step,
-            num_rows=4, padded_tokens=16, ledger=LEDGER_MODULUS // 2 + step, stop_requested=stop_requested,
+            num_rows=4, padded_tokens=16, ledger=LEDGER_MODULUS // 2 + step, flags=flags,
             damaged=data.damaged, forward_backward_s=0.0, step_s=0.0, epoch=data.epoch,
         )  # fmt: skip
 
@@ -55,7 +55,7 @@ def run(
         learning_rate=lambda step: step / 10,
         observers=[Witness(log if log is not None else [])],
         boundary=Boundary(**boundary),
-        stop_requested=lambda: stop_at is not None and len(engine.asked) + first >= stop_at,
+        flags=lambda: StepFlags(stop=stop_at is not None and len(engine.asked) + first >= stop_at),
         skipped_limit=skipped_limit,
     )
     return ending, state
@@ -178,7 +178,7 @@ def test_the_report_holds_every_part_of_the_time_and_they_add_up() -> None:
     train(
         engine=FakeEngine(), steps=((n, StepData([], 4, 16, 0, 0.5)) for n in range(3)), state=RunState(), max_steps=3,  # type: ignore[arg-type]
         learning_rate=lambda step: 0.1, observers=[Keep(log)], boundary=Boundary(**actions(log), save_every=1),
-        stop_requested=lambda: False, skipped_limit=1,
+        flags=StepFlags, skipped_limit=1,
     )  # fmt: skip
     assert "save" not in reports[0].seconds
     assert "save" in reports[1].seconds, "a save is told with the step after it"
@@ -216,7 +216,7 @@ def test_a_fault_of_the_data_is_handed_to_the_engine_as_that_step_so_that_ranks_
     with pytest.raises(DataError, match="shard-000001"):
         train(
             engine=engine, steps=steps(), state=state, max_steps=9, learning_rate=lambda step: 0.1, observers=[],  # type: ignore[arg-type]
-            boundary=Boundary(), stop_requested=lambda: False, skipped_limit=1,
+            boundary=Boundary(), flags=StepFlags, skipped_limit=1,
         )  # fmt: skip
     assert [asked[0] for asked in engine.asked] == [4, 5]
     assert state.step == 5
@@ -230,6 +230,131 @@ def test_damage_is_told_once_the_step_is_counted_and_before_anything_is_saved() 
     train(
         engine=FakeEngine(), steps=enumerate(data), state=state, max_steps=3, learning_rate=lambda step: 0.0,  # type: ignore[arg-type]
         observers=[], boundary=Boundary(save=lambda step: log.append(("save", step)), save_every=1),
-        stop_requested=lambda: False, skipped_limit=9, on_damage=lambda step, blocks: log.append((step, blocks)),
+        flags=StepFlags, skipped_limit=9, on_damage=lambda step, blocks: log.append((step, blocks)),
     )  # fmt: skip
     assert log == [("save", 1), (2, (("wiki", 7),)), ("save", 2), ("save", 3)]
+
+
+def asking(wanted: dict[int, StepFlags]) -> Callable[[], StepFlags]:
+    """Flags by the number of the poll, from 0."""
+    polls = iter(range(1000))
+    return lambda: wanted.get(next(polls), StepFlags())
+
+
+def run_asking(wanted: dict[int, StepFlags], *, max_steps: int = 4, state: RunState | None = None,
+               steps: Any = None, **boundary: Any) -> tuple[Ending, RunState, Boundary]:  # fmt: skip
+    state = state or RunState()
+    between = Boundary(**boundary)
+    ending = train(
+        engine=FakeEngine(), steps=steps or ((n, StepData([], 4, 16, 0, 0.5)) for n in range(state.step, max_steps)),  # type: ignore[arg-type]
+        state=state, max_steps=max_steps, learning_rate=lambda step: 0.0, observers=[], boundary=between,
+        flags=asking(wanted), skipped_limit=9,
+    )  # fmt: skip
+    return ending, state, between
+
+
+def test_a_save_that_is_wanted_comes_at_the_next_boundary_and_the_run_goes_on() -> None:
+    log: list[Any] = []
+    ending, state, _ = run_asking({1: StepFlags(save_wanted=True)}, **actions(log))
+    assert (ending, state.step) == (Ending.COMPLETE, 4)
+    assert log == [("save", 2), ("evaluate", 4), ("save", 4)]
+
+
+def test_a_failed_save_is_settled_at_the_next_boundary_on_all_ranks_and_tried_again_when_due() -> None:
+    log: list[Any] = []
+    answers = iter([False, True])
+
+    def settle() -> bool:
+        log.append("settle")
+        return next(answers)
+
+    run_asking({1: StepFlags(save_failed=True)}, settle=settle, **actions(log), last_saved=2)
+    assert log == ["settle", ("evaluate", 4), ("save", 4), "settle"]
+
+
+def test_a_stop_after_a_failed_save_of_the_same_step_saves_again() -> None:
+    log: list[Any] = []
+    answers = iter([False, True])
+    _, _, boundary = run_asking(
+        {2: StepFlags(stop=True, save_failed=True)}, last_saved=3, settle=lambda: next(answers), **actions(log)
+    )
+    assert log == [("save", 3)]
+    assert boundary.last_saved == 3
+
+
+def test_the_save_in_flight_is_waited_for_before_the_loop_leaves() -> None:
+    for wanted in ({}, {1: StepFlags(stop=True)}, {1: StepFlags(hurry=True)}):
+        log: list[Any] = []
+        run_asking(wanted, settle=lambda log=log: log.append("settled") or True, **actions(log))
+        assert log[-2:] == [("save", 2 if wanted else 4), "settled"]
+
+
+def test_a_save_that_fails_while_leaving_is_not_called_saved() -> None:
+    _, _, boundary = run_asking({1: StepFlags(stop=True)}, settle=lambda: False, **actions([]))
+    assert boundary.last_saved == -1
+
+
+def test_a_stop_takes_the_place_of_an_evaluation_that_the_next_run_makes_up_for() -> None:
+    log: list[Any] = []
+    ending, state, _ = run_asking({1: StepFlags(stop=True)}, evaluate_every=2, **actions(log))
+    assert (ending, state.step, state.evaluation_due) == (Ending.STOPPED, 2, True)
+    assert log == [("save", 2)]
+    again: list[Any] = []
+    ending, state, _ = run_asking({}, state=state, evaluate_every=2, last_saved=2, **actions(again))
+    assert (ending, state.evaluation_due) == (Ending.COMPLETE, False)
+    assert again == [("evaluate", 2), ("evaluate", 4), ("save", 4)]
+
+
+def test_a_hurry_leaves_the_last_evaluation_out() -> None:
+    log: list[Any] = []
+    ending, state, _ = run_asking({3: StepFlags(stop=True, hurry=True)}, **actions(log))
+    assert (ending, state.step, state.evaluation_due) == (Ending.STOPPED, 4, True)
+    assert log == [("save", 4)]
+
+
+def test_an_evaluation_that_was_interrupted_is_followed_by_a_save_and_the_end() -> None:
+    log: list[Any] = []
+
+    def evaluate(step: int) -> bool:
+        raise Interrupted
+
+    ending, state, _ = run_asking({}, evaluate_every=2, **{**actions(log), "evaluate": evaluate})
+    assert (ending, state.step, state.evaluation_due) == (Ending.STOPPED, 2, True)
+    assert log == [("save", 2)]
+    ending, _, _ = run_asking({}, state=state, last_saved=2, **{**actions(log), "evaluate": evaluate})
+    assert (ending, log) == (Ending.STOPPED, [("save", 2)])
+
+
+def test_a_rank_that_does_not_wait_for_its_data_hands_that_on_and_the_loop_saves_and_leaves() -> None:
+    class Agreeing(FakeEngine):
+        def train_step(self, data: Any, **options: Any) -> StepTotals:
+            if isinstance(data, Interrupted):
+                raise data
+            return super().train_step(data, **options)
+
+    def steps() -> Iterator[tuple[int, StepData]]:
+        yield 0, StepData([], 4, 16, 0, 0.5)
+        raise Interrupted
+
+    log: list[Any] = []
+    ending = train(
+        engine=Agreeing(), steps=steps(), state=RunState(), max_steps=9, learning_rate=lambda step: 0.1, observers=[],  # type: ignore[arg-type]
+        boundary=Boundary(**actions(log)), flags=StepFlags, skipped_limit=1,
+    )  # fmt: skip
+    assert (ending, log) == (Ending.STOPPED, [("save", 1)])
+
+
+def test_progress_is_told_what_the_loop_does() -> None:
+    class Heard:
+        def __init__(self) -> None:
+            self.phases: list[tuple[str, int]] = []
+
+        def enter(self, phase: str, step: int) -> None:
+            self.phases.append((phase, step))
+
+    heard = Heard()
+    run_asking({}, max_steps=2, progress=heard, save_every=1, settle=lambda: True, **actions([]))
+    assert heard.phases == [
+        ("data", 0), ("step", 0), ("save", 1), ("data", 1), ("step", 1), ("evaluate", 2), ("save", 2), ("data", 2), ("save", 2),
+    ]  # fmt: skip
+    assert {phase for phase, _ in heard.phases} == set(PHASES)
