@@ -167,7 +167,7 @@ class Zygote:
 
 def _import_everything() -> None:
     """What a run imports, also late; what is missing here costs time, never correctness."""
-    import deepspeed  # noqa: F401
+    import deepspeed
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - imports torch's compiler, in every run
     import torch.distributed  # noqa: F401
     import transformers.models.bert.modeling_bert
