@@ -1,4 +1,5 @@
 import logging
+import sys
 
 import pytest
 
@@ -10,10 +11,11 @@ from dstrain.base.world import World
 def _restore(monkeypatch):
     monkeypatch.delenv("DSTRAIN_LOG_LEVEL", raising=False)
     root = logging.getLogger("dstrain")
-    before = (root.handlers[:], root.propagate, root.level)
+    before, hook = (root.handlers[:], root.propagate, root.level), sys.excepthook
     yield
     root.handlers[:], root.propagate = before[:2]
     root.setLevel(before[2])
+    sys.excepthook = hook
 
 
 def say(capsys):
@@ -57,3 +59,30 @@ def test_configuring_twice_does_not_say_everything_twice(capsys):
     configure_logs(World())
     configure_logs(World())
     assert say(capsys).count("trouble") == 1
+
+
+def test_secrets_are_replaced_in_lines_arguments_and_tracebacks(capsys):
+    configure_logs(World())
+    logger = get_logger("dstrain.somewhere")
+    logger.warning("cannot read %s", "https://anna:hunter2x@example.org/shards")
+    try:
+        raise OSError("password=hunter3x")
+    except OSError:
+        logger.exception("failed with token=%s", "hunter4xyz")
+    text = capsys.readouterr().err
+    assert "hunter" not in text
+    assert text.count("<redacted>") == 3
+    assert "example.org/shards" in text
+    assert "OSError" in text
+
+
+def test_the_traceback_of_an_unexpected_error_is_cleaned(capsys):
+    configure_logs(World())
+    try:
+        raise RuntimeError("no answer from https://anna:hunter2x@example.org")
+    except RuntimeError as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+    text = capsys.readouterr().err
+    assert "hunter2x" not in text
+    assert text.startswith("Traceback")
+    assert "RuntimeError: no answer from https://<redacted>@example.org" in text
