@@ -28,6 +28,11 @@ def staging_folder(folder: Path, step: int, nonce: str) -> Path:
     return folder / f".staging-{step:08d}-{nonce}"
 
 
+def reports_folder(staging: Path) -> Path:
+    """Where the ranks report on a save: beside its staging folder, so that no report can be published."""
+    return staging.with_name(f"{staging.name}.reports")
+
+
 def fragment_file(rank: int, world_size: int) -> str:
     """The file of one rank's fragments."""
     return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
@@ -56,3 +61,10 @@ def leftovers(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(p for p in folder.iterdir() if p.name.startswith((".staging-", ".deleting-")))
+
+
+def superseded(folder: Path) -> list[Path]:
+    """Checkpoints that a rollback or a second save of their step has taken the name from."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.name.startswith("superseded-step-"))

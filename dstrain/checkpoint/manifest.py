@@ -91,6 +91,10 @@ class CheckpointManifest(Config):
     """What the stage adds, e.g. a task's labels."""
     environment: dict[str, str] = Field(default_factory=dict)
     """Versions that wrote it."""
+    health: dict[str, Any] = Field(default_factory=dict)
+    """What the guards and the save interval want to remember; empty in checkpoints written before it was kept."""
+    read_back: bool = False
+    """Whether every other file was read from the disk again and hashed before this one was written."""
     states: tuple[str, ...]
     """Which state tensors each parameter has."""
     files: dict[str, FileEntry]
@@ -111,6 +115,11 @@ class CheckpointManifest(Config):
             if any(n < 0 for n in shape) or math.prod(shape) > _MAX_ELEMENTS:
                 raise ValueError(f"refused shape {shape} of {name}")
         return parameters
+
+
+def fragment_key(name: str, state: str, offset: int) -> str:
+    """The tensor's name inside a safetensors file."""
+    return f"{name}|{state}|{offset}"
 
 
 def model_fingerprint(parameters: Mapping[str, list[int]]) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from dstrain.base.errors import CheckpointError
 from dstrain.base.storage import file_sha256
-from dstrain.checkpoint.layout import published_steps
-from dstrain.checkpoint.manifest import MASTER, CheckpointManifest, Fragment, read_manifest
-from dstrain.checkpoint.writer import fragment_key
+from dstrain.checkpoint.layout import MANIFEST, published_steps
+from dstrain.checkpoint.manifest import MASTER, CheckpointManifest, Fragment, fragment_key, read_manifest
+from dstrain.checkpoint.ownership import check_owner
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,22 @@ class _Stored:
 class Checkpoint:
     """One checkpoint on disk whose manifest has been read and checked."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, trust_owner: bool = False) -> None:
         """Read the manifest and compare the sizes.
 
+        Args:
+            folder: of the checkpoint.
+            trust_owner: read it even if it belongs to another user than this one or root.
+
         Raises:
-            CheckpointError: the manifest is missing or wrong, or a file is missing or has another size.
+            CheckpointError: the manifest is missing or wrong, a file is missing or has another size, or the owner is not trusted.
         """
         self.folder = folder
+        if not trust_owner:
+            check_owner(folder, [MANIFEST])
         self.manifest: CheckpointManifest = read_manifest(folder)
+        if not trust_owner:
+            check_owner(folder, list(self.manifest.files))
         self._where: dict[tuple[str, str], list[_Stored]] = defaultdict(list)
         for name, entry in self.manifest.files.items():
             self._check_size(name, entry.size_bytes)
@@ -150,24 +158,65 @@ class Found:
     """Newer ones that were skipped, and why."""
 
 
-def newest_valid(folder: Path, *, at_step: int | None = None) -> Found:
-    """Scan `checkpoints/`, newest first, and verify until one is whole.
+class SecondTier(Protocol):
+    """Where copies of checkpoints lie (`checkpoint.mirror`)."""
+
+    def steps(self) -> list[int]:
+        """Steps that seem to be there, newest first."""
+        ...
+
+    def fetch(self, step: int, folder: Path) -> Path:
+        """Copy one into `checkpoints/`, verified and published as a save would; returns its folder."""
+        ...
+
+
+def newest_valid(
+    folder: Path, *, at_step: int | None = None, before_step: int | None = None, mirror: SecondTier | None = None,
+    trust_owner: bool = False,
+) -> Found:  # fmt: skip
+    """Scan `checkpoints/`, newest first, and verify until one is whole; a newer whole one in the mirror is copied back first.
 
     Args:
         folder: the run's checkpoints folder.
         at_step: consider only this step.
+        before_step: consider only older steps: one checkpoint further back.
+        mirror: the second tier.
+        trust_owner: read checkpoints of other users.
+
+    Raises:
+        StorageError: the mirror holds a newer one that cannot be written here.
     """
     damaged: list[tuple[Path, str]] = []
+
+    def wanted(step: int) -> bool:
+        return (at_step is None or step == at_step) and (before_step is None or step < before_step)
+
+    local: Checkpoint | None = None
     for step, path in published_steps(folder):
-        if at_step is not None and step != at_step:
+        if not wanted(step):
             continue
         try:
-            checkpoint = Checkpoint(path)
-            if checkpoint.manifest.step != step:
-                raise CheckpointError(f"{path}: holds step {checkpoint.manifest.step}; give the folder back its name")
-            checkpoint.verify()
+            local = _verified(path, step, trust_owner)
+            break
         except CheckpointError as error:
             damaged.append((path, str(error)))
+    here = -1 if local is None else local.manifest.step
+    for step in mirror.steps() if mirror is not None else []:
+        if step <= here:
+            break
+        if not wanted(step):
             continue
-        return Found(checkpoint, tuple(damaged))
-    return Found(None, tuple(damaged))
+        try:
+            assert mirror is not None
+            return Found(_verified(mirror.fetch(step, folder), step, trust_owner), tuple(damaged))
+        except CheckpointError as error:
+            damaged.append((Path(f"mirror:{step}"), str(error)))
+    return Found(local, tuple(damaged))
+
+
+def _verified(path: Path, step: int, trust_owner: bool) -> Checkpoint:
+    checkpoint = Checkpoint(path, trust_owner=trust_owner)
+    if checkpoint.manifest.step != step:
+        raise CheckpointError(f"{path}: holds step {checkpoint.manifest.step}; give the folder back its name")
+    checkpoint.verify()
+    return checkpoint

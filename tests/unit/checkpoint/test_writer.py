@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import os
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from dstrain.base import storage
 from dstrain.base.errors import CheckpointError
+from dstrain.base.file_operations import FileOperations, operations_replaced
 from dstrain.checkpoint.reader import Checkpoint, newest_valid
 from tests.support.tiny_checkpoints import content, fragments_of, holds_step, manifest_of, save, state_of, writer_of
 
@@ -60,9 +60,9 @@ def test_fragments_are_stored_under_their_parameter_state_and_offset(tmp_path: P
 
 def test_fragments_that_leave_a_gap_are_refused_and_nothing_is_published(tmp_path: Path) -> None:
     short = [f for f in fragments_of(state_of(1)) if (f.name, f.offset) != ("encoder.bias", 0)]
-    with pytest.raises(CheckpointError):
-        Checkpoint(writer_of(tmp_path).save(short, manifest_of(1), config_yaml="", tokenizer=None))
-    assert newest_valid(tmp_path).checkpoint is None
+    with pytest.raises(CheckpointError, match=r"encoder\.bias fp32: elements 0 to 2 are not stored once"):
+        writer_of(tmp_path).save(short, manifest_of(1), config_yaml="", tokenizer=None)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_folder_of_the_same_step_is_moved_aside_not_destroyed(tmp_path: Path) -> None:
@@ -94,59 +94,44 @@ class Killed(BaseException):
     """What SIGKILL looks like from inside: no handler runs."""
 
 
-class Fault:
-    """Stands for one storage primitive and fails at its n-th call, before or after the call did `partly`."""
+class Faulty(FileOperations):
+    """One kind of operation fails at its n-th call: before it did its work, or after (a write: after half of it)."""
 
-    def __init__(
-        self, real: Callable[..., Any], *, at: int, fault: BaseException, partly: Callable[..., Any] | None = None
-    ) -> None:
-        self.real, self.at, self.fault, self.partly, self.calls = real, at, fault, partly, 0
+    def __init__(self, kind: str, *, at: int, fault: BaseException, after: bool = False) -> None:
+        self.kind, self.at, self.fault, self.after, self.calls = kind, at, fault, after, 0
+        setattr(self, kind, functools.partial(self._do, getattr(FileOperations, kind)))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def _do(self, real: Callable[..., Any], *args: Any) -> Any:
         self.calls += 1
         if self.calls != self.at:
-            return self.real(*args, **kwargs)
-        if self.partly is not None:
-            self.partly(*args, **kwargs)
+            return real(self, *args)
+        if self.after:
+            real(self, *(a[: len(a) // 2] if isinstance(a, memoryview) else a for a in args))
         raise self.fault
 
 
-def half_written(path: Path, data: bytes | memoryview) -> None:
-    path.write_bytes(bytes(data)[: len(data) // 2])
-
-
-PRIMITIVES: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "fsync": (os, "fsync", os.fsync),
-    "replace": (os, "replace", os.replace),
-    "rename": (os, "rename", os.rename),
-    "mkdir": (os, "mkdir", os.mkdir),
-    "write": (storage, "_write_and_sync", half_written),
-}
+KINDS = (
+    "create",
+    "write",
+    "fsync",
+    "rename",
+    "make_directory",
+    "sync_directory",
+    "unlink",
+    "remove_directory",
+    "close",
+)
 FAULTS = {"full": OSError(errno.ENOSPC, "full"), "failing": OSError(errno.EIO, "failing"), "killed": Killed()}
 
 
-def interrupted(
-    folder: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, *, primitive: str, at: int, fault: str, after: bool
-) -> tuple[bool, bool]:
-    """Save step 9 with one call failing; whether the call was reached, and whether the save said it succeeded."""
-    owner, name, partly = PRIMITIVES[primitive]
-    injected = Fault(getattr(owner, name), at=at, fault=FAULTS[fault], partly=partly if after else None)
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, injected)
-        try:
-            save(folder, 9, keep_last=2, tokenizer=tokenizer)
-        except (CheckpointError, Killed):
-            return injected.calls >= at, False
-    return injected.calls >= at, True
-
-
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("fault", list(FAULTS))
-@pytest.mark.parametrize("primitive", list(PRIMITIVES))
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_save_that_fails_or_is_killed_at_any_call_leaves_the_older_checkpoints_as_they_were(
-    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, primitive: str, fault: str, after: bool
+    tmp_path: Path, tokenizer: Path, kind: str, fault: str, after: bool
 ) -> None:
-    """For every n: the n-th call of a storage primitive fails, before or after it did its work (a write: half of it)."""
+    """For every n: the n-th call of an operation fails, before or after it did its work."""
     older = tmp_path / "older"
     save(older, 7)
     save(older, 8)
@@ -154,9 +139,13 @@ def test_a_save_that_fails_or_is_killed_at_any_call_leaves_the_older_checkpoints
         folder = tmp_path / f"at-{at}"
         shutil.copytree(older, folder)
         before = content(folder / "step-00000008")
-        reached, succeeded = interrupted(
-            folder, tokenizer, monkeypatch, primitive=primitive, at=at, fault=fault, after=after
-        )
+        faulty = Faulty(kind, at=at, fault=FAULTS[fault], after=after)
+        succeeded = True
+        with operations_replaced(faulty):
+            try:
+                save(folder, 9, keep_last=2, tokenizer=tokenizer)
+            except (CheckpointError, Killed):
+                succeeded = False
         found = newest_valid(folder)
         assert found.checkpoint is not None
         assert found.damaged == (), "what has a checkpoint's name must be whole"
@@ -170,18 +159,18 @@ def test_a_save_that_fails_or_is_killed_at_any_call_leaves_the_older_checkpoints
         save(folder, 10, keep_last=2)
         assert newest_valid(folder).checkpoint is not None
         assert holds_step(stored(folder / "step-00000010"), 10), "the next save works again"
-        if not reached:
+        if faulty.calls < at:
             assert succeeded
             assert at > 1, "the fault was never injected"
             return
     raise AssertionError("a save made more calls than were tried")
 
 
-def test_a_failed_save_says_which_step_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_says_which_step_and_why(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    monkeypatch.setattr(os, "fsync", Fault(os.fsync, at=1, fault=FAULTS["full"]))
-    with pytest.raises(CheckpointError, match=r"checkpoint of step 2 was not saved: rank 0: .*the disk is full"):
-        save(tmp_path, 2)
+    with operations_replaced(Faulty("fsync", at=1, fault=FAULTS["full"])):
+        with pytest.raises(CheckpointError, match=r"checkpoint of step 2 was not saved: rank 0: .*the disk is full"):
+            save(tmp_path, 2)
 
 
 def test_a_folder_that_cannot_be_made_fails_the_save_not_the_process(tmp_path: Path) -> None:
@@ -190,11 +179,47 @@ def test_a_folder_that_cannot_be_made_fails_the_save_not_the_process(tmp_path: P
         save(tmp_path / "c", 2)
 
 
-def test_a_failed_removal_of_an_old_checkpoint_does_not_fail_the_save(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_removal_of_an_old_checkpoint_does_not_fail_the_save(tmp_path: Path) -> None:
     save(tmp_path, 1)
     save(tmp_path, 2)
-    monkeypatch.setattr(os, "rename", Fault(os.rename, at=2, fault=FAULTS["failing"]))
-    assert save(tmp_path, 3, keep_last=2).name == "step-00000003"
+
+    class Stuck(FileOperations):
+        def rename(self, source: Path, target: Path) -> None:
+            if target.name.startswith(".deleting-step"):
+                raise OSError(errno.EIO, "failing")
+            super().rename(source, target)
+
+    with operations_replaced(Stuck()):
+        assert save(tmp_path, 3, keep_last=2).name == "step-00000003"
     assert (tmp_path / "step-00000001").is_dir()
+
+
+def test_a_full_disk_is_given_what_retention_allows_and_the_save_tried_once_more(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    with operations_replaced(Faulty("write", at=1, fault=FAULTS["full"])) as faulty:
+        save(tmp_path, 3, keep_last=2)
+    assert faulty.calls > 1  # type: ignore[attr-defined]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+    assert holds_step(stored(tmp_path / "step-00000003"), 3)
+
+
+def test_a_full_disk_never_costs_the_last_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    before = content(tmp_path)
+    with operations_replaced(Faulty("write", at=1, fault=FAULTS["full"])):
+        with pytest.raises(CheckpointError, match="the disk is full"):
+            save(tmp_path, 2, keep_last=1)
+    assert content(tmp_path) == before
+
+
+def test_a_disk_that_gives_back_other_bytes_fails_the_save(tmp_path: Path) -> None:
+    class Lying(FileOperations):
+        def write(self, handle: int, data: memoryview) -> int:
+            return super().write(handle, memoryview(bytes(data).replace(b"seed: 7", b"seed: 8")))
+
+    save(tmp_path, 1)
+    with operations_replaced(Lying()):
+        with pytest.raises(CheckpointError, match=r"config\.yaml: the disk gives back other bytes"):
+            save(tmp_path, 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
