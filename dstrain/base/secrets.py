@@ -32,6 +32,7 @@ _TOKEN = rf"{_NO_TOKEN}token"
 _SECRET_NAME = re.compile(rf"(?i)(?:^|[^a-z])(?:[a-z]*)(?:{_WORDS}|{_TOKEN})$")
 _NAMED = rf"(?i)((?:{_WORDS})\\{{0,4}}[\"']?\s{{0,3}}[=:]\s{{0,3}})"
 _MIN_KNOWN_VALUE = 12
+_SHORTEST = len("token=") + 1
 
 _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
@@ -109,6 +110,8 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 
 def redact(text: str) -> str:
     """`text` with every secret that can be recognised replaced by `<redacted>`; applying it twice changes nothing more."""
+    if len(text) < _SHORTEST or text.isdigit():
+        return text
     for value in _environment_secrets():
         text = text.replace(value, REDACTED)
     for pattern, replacement in _RULES:

@@ -3,7 +3,8 @@
 Rank 0 appends; one event is one `os.write` on an O_APPEND handle, so a crash can tear the last line only. Logging is
 best effort: a full disk or a deleted folder drops events, counts them, warns once, and never stops a training step.
 Every event has `event` (its name) and `time` (Unix seconds). Numbers that are not finite are written as the strings
-"nan", "inf" and "-inf", because JSON has no such numbers.
+"nan", "inf" and "-inf", because JSON has no such numbers. Secrets in texts are replaced (`base.secrets`), and the file is
+its owner's only.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from typing import Any
 
 from dstrain.base.errors import DataError
 from dstrain.base.logs import get_logger
+from dstrain.base.secrets import redact
 from dstrain.base.world import World
 
 _log = get_logger(__name__)
+
+_LINE_LIMIT_BYTES = 1 << 20
 
 CURVE_EVENTS = frozenset({"step", "step_skipped", "evaluated"})
 """Events that are points of a curve over `step`, which a resume from an earlier step takes back."""
@@ -39,7 +43,7 @@ class EventLog:
         self._warned = False
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event. Never raises for what the disk does.
+        """Append one event. Never raises, whatever the disk does and whatever the fields are.
 
         Args:
             event: its name, e.g. "step".
@@ -47,11 +51,9 @@ class EventLog:
         """
         if not self._active:
             return
-        record = {"event": event, "time": round(time.time(), 3), **fields}
-        line = json.dumps(_plain(record), default=str, allow_nan=False).encode() + b"\n"
         try:
-            self._append(line)
-        except OSError as error:
+            self._append(_line({"event": event, "time": round(time.time(), 3), **fields}))
+        except Exception as error:  # noqa: BLE001  (best effort: nothing that can be logged may stop a training step)
             self._drop(error)
 
     def close(self) -> None:
@@ -82,13 +84,13 @@ class EventLog:
     def _open(self) -> int:
         self.close()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         size = os.fstat(handle).st_size
         # A killed run may have left half a line; the next event must not become part of it.
         self._line_is_open = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
         return handle
 
-    def _drop(self, error: OSError) -> None:
+    def _drop(self, error: Exception) -> None:
         self.dropped += 1
         if not self._warned:
             self._warned = True
@@ -137,8 +139,19 @@ def current_curve(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
+def _line(record: Mapping[str, Any]) -> bytes:
+    """One event as a line of strict JSON."""
+    text = json.dumps(_plain(record), default=lambda value: redact(str(value)), allow_nan=False)
+    line = text.encode() + b"\n"
+    if len(line) > _LINE_LIMIT_BYTES:
+        raise ValueError(f"an event of {len(line):,} bytes is more than the {_LINE_LIMIT_BYTES:,} that a line may have")
+    return line
+
+
 def _plain(value: Any) -> Any:
-    """Make numpy and torch numbers plain, and name nan and infinities, at any depth."""
+    """Make numpy and torch numbers plain, name nan and infinities, and replace secrets in texts, at any depth."""
+    if isinstance(value, str):
+        return redact(value)
     if getattr(value, "ndim", None) == 0:
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

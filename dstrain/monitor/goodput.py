@@ -141,7 +141,7 @@ def _inside(life: Attempt) -> dict[Bucket, float]:
     """One attempt's buckets; their sum is its lifetime."""
     inside: dict[Bucket, float] = {bucket: max(0.0, life.seconds.get(bucket, 0.0)) for bucket in BUCKETS}
     known = sum(inside.values())
-    if known > life.lifetime_s > 0:
+    if known > life.lifetime_s:
         inside = {bucket: seconds * life.lifetime_s / known for bucket, seconds in inside.items()}
     since_progress = max(0.0, life.lifetime_s - known)
     inside[_silent_bucket(life)] += since_progress

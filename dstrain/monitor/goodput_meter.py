@@ -109,6 +109,10 @@ class GoodputMeter:
         self._seconds[self._between] += passed - seconds
         self._claimed[bucket] = self._claimed.get(bucket, 0.0) + seconds
 
+    def rest(self, bucket: Bucket) -> None:
+        """Count all time that is in no bucket yet."""
+        self.part(bucket, self._unaccounted())
+
     def step(self, report: StepReport) -> None:
         """Count the time since the last step; writes the record when one is due."""
         if self._record is None:

@@ -2,15 +2,18 @@
 
 Looks at the loop and touches nothing: with it or without it, a run computes the same bits. Loss, accuracy, learning
 rate and gradient norm are those of the written step itself, so curves of two runs compare point by point; speed,
-padding and times are taken over all steps since the last written one.
+padding and times are taken over all steps since the last written one. Best effort throughout: whatever fails while numbers
+are written loses those numbers, is counted and said once, and never reaches the loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 from dstrain.base.logs import get_logger
 from dstrain.base.protocols import RunState, StepReport
@@ -18,6 +21,7 @@ from dstrain.base.world import World
 from dstrain.monitor.config import MonitorConfig
 from dstrain.monitor.events import EventLog
 from dstrain.monitor.flops import ModelShape, flops_per_token, known_peak_tflops, model_flops_utilisation
+from dstrain.monitor.goodput_meter import GoodputMeter
 from dstrain.monitor.tensorboard import TensorBoard
 from dstrain.monitor.terminal import TerminalLine
 
@@ -28,6 +32,9 @@ TIME_PARTS = ("data", "forward_backward", "step", "save", "evaluate", "other")
 
 # TensorBoard keeps curves as float32, which holds whole numbers up to 2^24 exactly: these low bits of a ledger survive it.
 _LEDGER_CURVE_BITS = 24
+_GOODPUT_EVENT_SECONDS = 60.0
+
+ParametersT = ParamSpec("ParametersT")
 
 
 @dataclass
@@ -62,6 +69,21 @@ class _Window:
         return self.targets / self.tokens if self.tokens else 0.0
 
 
+def _best_effort(
+    method: Callable[Concatenate[Monitor, ParametersT], None],
+) -> Callable[Concatenate[Monitor, ParametersT], None]:
+    """Let no failure of a monitor's method out."""
+
+    @functools.wraps(method)
+    def careful(self: Monitor, /, *args: ParametersT.args, **kwargs: ParametersT.kwargs) -> None:
+        try:
+            method(self, *args, **kwargs)
+        except Exception as error:  # noqa: BLE001  (numbers are a view of the run, which goes on without them)
+            self.note_failure(error)
+
+    return careful
+
+
 class Monitor:
     """Implements `base.protocols.Observer`; does nothing on ranks above 0.
 
@@ -79,6 +101,7 @@ class Monitor:
         num_devices: devices of the whole job.
         mean_context: tokens a token attends to, on average (see `flops.flops_per_token`); 0 leaves attention out.
         config_text: the resolved configuration, for TensorBoard's text page.
+        goodput: measures where wall time goes; one that was started earlier knows more of the start. None makes one.
     """
 
     def __init__(
@@ -94,6 +117,7 @@ class Monitor:
         num_devices: int,
         mean_context: float = 0.0,
         config_text: str = "",
+        goodput: GoodputMeter | None = None,
     ) -> None:
         self._config = config
         self._active = world.is_first
@@ -103,6 +127,11 @@ class Monitor:
         self._num_devices = num_devices
         self._peak_tflops = config.peak_tflops or known_peak_tflops(device_name)
         self._window = _Window()
+        self.failures = 0
+        """Calls whose numbers were lost for another reason than what events and TensorBoard count themselves."""
+        self.goodput = goodput or GoodputMeter(run_folder, active=world.is_first)
+        self.goodput.start(start_step)
+        self._goodput_written = time.monotonic()
         self.events = EventLog(run_folder / "events.jsonl", world)
         self._tensorboard: TensorBoard | None = None
         if config.tensorboard:
@@ -118,10 +147,18 @@ class Monitor:
         """Write an event of another room, e.g. `event("save_failed", step=100, error="disk full")`."""
         self.events.write(name, **fields)
 
+    def note_failure(self, error: Exception) -> None:
+        """Count numbers that were lost; the first failure is said."""
+        self.failures += 1
+        if self.failures == 1:
+            _log.warning("numbers of this run are being lost (training goes on): %s: %s", type(error).__name__, error)
+
+    @_best_effort
     def on_step(self, state: RunState, report: StepReport) -> None:
         """Take note of a step; write a point when one is due."""
         if not self._active:
             return
+        self.goodput.step(report)
         self._window.add(report)
         if not report.applied:
             self.event("step_skipped", step=report.step, loss=report.loss, gradient_norm=report.gradient_norm)
@@ -136,6 +173,7 @@ class Monitor:
             self._write_point(state, report)
             self._window = _Window()
 
+    @_best_effort
     def saved(self, state: RunState, *, seconds: float, folder: str) -> None:
         """Write that a checkpoint of the present state was published, and the run's whole ledger with it."""
         self.event("saved", step=state.step, seconds=seconds, folder=folder, ledger=str(state.ledger))
@@ -143,17 +181,26 @@ class Monitor:
             text = f"step {state.step:,}: {state.rows:,} rows, {state.tokens:,} tokens, ledger `{state.ledger}`"
             self._tensorboard.text(state.step, "ledger", text)
 
+    @_best_effort
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the result of an evaluation after `step` steps, e.g. `{"loss": 3.1, "accuracy": 0.4}`."""
         if not self._active:
             return
+        self.goodput.part("evaluate", metrics.get("seconds", 0.0))
         self.event("evaluated", step=step, metrics=dict(metrics))
         if self._tensorboard is not None:
             self._tensorboard.scalars(step, {f"evaluation/{name}": value for name, value in metrics.items()})
         _log.info("evaluation at step %d: %s", step, ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
 
+    @_best_effort
     def on_end(self, state: RunState) -> None:
         """Write the last event and close everything; `event` still works afterwards."""
+        if not self._active:
+            return
+        # Since the last step, the loop did nothing else but evaluate (counted by itself), save, and wait for the save.
+        self.goodput.rest("save_stall")
+        self.goodput.end("complete" if state.step >= self._max_steps else "saved")
+        goodput = self.goodput.total()
         dropped = self.events.dropped + (self._tensorboard.dropped if self._tensorboard else 0)
         self.event(
             "ended",
@@ -163,10 +210,12 @@ class Monitor:
             ledger=str(state.ledger),
             skipped_steps=state.skipped_steps,
             compute_seconds=state.compute_seconds,
-            events_dropped=dropped,
+            events_dropped=dropped + self.failures + self.goodput.dropped,
+            goodput=goodput.to_plain(),
             **self._cost(state),
         )
         self._terminal.close()
+        _log.info("%s", goodput.table())
         if self._tensorboard is not None:
             self._tensorboard.close()
         self.events.close()
@@ -201,6 +250,10 @@ class Monitor:
             seconds=seconds,
             window_steps=window.steps,
         )
+        goodput = self.goodput.total()
+        if time.monotonic() - self._goodput_written >= _GOODPUT_EVENT_SECONDS:
+            self._goodput_written = time.monotonic()
+            self.event("goodput", step=report.step, **goodput.to_plain())
         if self._tensorboard is not None:
             curves: dict[str, float] = {f"train/{name}": value for name, value in learning.items()}
             curves.update({f"throughput/{name}": value for name, value in speed.items()})
@@ -208,6 +261,8 @@ class Monitor:
             curves.update(ledger_curves(total=state.ledger, of_step=report.ledger))
             curves.update({f"time/{part}_seconds": seconds[part] for part in TIME_PARTS})
             curves.update({f"cost/{name.removeprefix('cost_')}": value for name, value in cost.items()})
+            curves["goodput/ratio"] = goodput.ratio
+            curves.update({f"goodput/{bucket}": spent for bucket, spent in goodput.seconds.items()})
             self._tensorboard.scalars(report.step, curves)
 
     def _utilisation(self) -> dict[str, float]:

@@ -15,7 +15,9 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from dstrain.base.logs import get_logger
+from dstrain.base.secrets import redact
 from dstrain.base.world import World
+from dstrain.monitor.goodput import BUCKETS
 
 _log = get_logger(__name__)
 
@@ -37,6 +39,8 @@ _LAYOUT = {
         "tokens": ["Multiline", ["progress/tokens"]],
         "epoch": ["Multiline", ["progress/epoch"]],
         "cost, US dollars": ["Multiline", ["cost/usd"]],
+        "goodput: productive share of the wall time": ["Multiline", ["goodput/ratio"]],
+        "where the wall time went, seconds": ["Multiline", [f"goodput/{bucket}" for bucket in BUCKETS]],
         "ledger, low 24 bits: equal curves, equal data": ["Multiline", ["ledger/total"]],
     },
 }
@@ -89,7 +93,7 @@ class TensorBoard:
 
     def text(self, step: int, title: str, text: str) -> None:
         """Write Markdown under a title of TensorBoard's text page at `step`."""
-        self._attempt(lambda writer: writer.add_text(title, text, step))
+        self._attempt(lambda writer: writer.add_text(title, redact(text), step))
 
     def close(self) -> None:
         """Write out what is queued and close the file; writing again opens a new one."""
@@ -128,7 +132,7 @@ class TensorBoard:
             self._purge_step = None  # a file opened later in this process takes nothing back
             self._writer.add_custom_scalars(_LAYOUT)
             for title, text in self._texts.items():
-                self._writer.add_text(title, text, 0)
+                self._writer.add_text(title, redact(text), 0)
         return self._writer
 
     def _lose(self, error: Exception, *, pause: bool = True) -> None:

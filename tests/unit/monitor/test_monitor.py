@@ -7,6 +7,7 @@ from dstrain.base.world import World
 from dstrain.monitor.config import MonitorConfig
 from dstrain.monitor.events import read_events
 from dstrain.monitor.flops import ModelShape
+from dstrain.monitor.goodput import BUCKETS
 from dstrain.monitor.monitor import Monitor, ledger_curves
 
 # TensorBoard's writing thread dies with a traceback when its folder goes away; pytest may notice in a later test.
@@ -154,6 +155,8 @@ def test_tensorboard_shows_every_promised_curve(tmp_path):
         "cost/usd",
         "ledger/total",
         "ledger/step",
+        "goodput/ratio",
+        *(f"goodput/{bucket}" for bucket in BUCKETS),
         "evaluation/loss",
     }
     assert [e.step for e in accumulator.Scalars("train/loss")] == [1, 10]
@@ -196,3 +199,32 @@ def test_the_ledger_in_tensorboard_tells_two_runs_apart_and_is_whole_at_saves(tm
 def test_a_ledger_curve_keeps_every_one_of_its_bits_in_float32(bit):
     at = 2**62 + (2**24 - 1 - (1 << bit))
     assert int(np.float32(ledger_curves(total=at, of_step=at)["ledger/total"])) == at % 2**24
+
+
+def test_the_end_says_where_the_wall_time_went_over_all_attempts(tmp_path, messages):
+    run(monitor(tmp_path), range(1, 26))
+    run(monitor(tmp_path, start_step=20, max_steps=30), range(21, 31))
+    ended = events(tmp_path, "ended")[-1]["goodput"]
+    assert (ended["attempts"], ended["replayed_steps"]) == (2, 5)
+    assert ended["wall"] == pytest.approx(sum(ended[bucket] for bucket in BUCKETS), abs=0.02)
+    assert any(line.startswith("goodput ") and "in 2 attempts, 5 steps done again" in line for line in messages)
+
+
+def test_secrets_are_in_no_event_and_no_text(tmp_path):
+    observer = monitor(tmp_path, tensorboard=True)
+    observer.event("save_failed", error="https://anna:hunter2x@host/x refused", detail={"why": ["token=hunter2xyz"]})
+    run(observer, [1])
+    written = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+    assert b"hunter2x" not in written
+    assert b"<redacted>@host/x refused" in written
+
+
+def test_a_failure_of_the_monitor_itself_never_reaches_the_loop(tmp_path, messages):
+    observer = monitor(tmp_path)
+    observer.on_step(RunState(step=1), None)
+    observer.evaluated(1, {"loss": "not a number"})
+    observer.saved(None, seconds=1.0, folder="x")
+    run(observer, [2])
+    assert observer.failures == 3
+    assert events(tmp_path, "ended")[0]["events_dropped"] == 3
+    assert len([m for m in messages if "numbers of this run are being lost" in m]) == 1
