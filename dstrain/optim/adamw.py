@@ -1,4 +1,4 @@
-"""AdamW with the groups an encoder needs, and a guarded form for the one set-up that DeepSpeed leaves unguarded.
+"""AdamW with the groups an encoder needs, a gate that may leave an update out, and a guarded form where DeepSpeed has no guard.
 
 Weight decay acts on matrices and embeddings only: biases and normalisation weights (fewer than two dimensions) are left
 alone, as in BERT and RoBERTa.
@@ -44,7 +44,7 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def build_adamw(config: OptimizerConfig, groups: list[dict[str, Any]], *, guarded: bool) -> torch.optim.AdamW:
+def build_adamw(config: OptimizerConfig, groups: list[dict[str, Any]], *, guarded: bool) -> GatedAdamW:
     """The optimizer with a rate of 0; the engine writes the rate before each step.
 
     Args:
@@ -55,11 +55,28 @@ def build_adamw(config: OptimizerConfig, groups: list[dict[str, Any]], *, guarde
     kwargs: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "eps": config.eps, "fused": True}
     if guarded:
         return GuardedAdamW(groups, clip_norm=config.clip_norm, **kwargs)
-    return torch.optim.AdamW(groups, **kwargs)
+    return GatedAdamW(groups, **kwargs)
 
 
-class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that clips by global norm and leaves everything untouched when the norm is not finite.
+class GatedAdamW(torch.optim.AdamW):
+    """AdamW that asks before it steps.
+
+    DeepSpeed calls it once its global gradient norm is known, so a gate can still leave the whole update out: weights, moments
+    and the step counter stay as they are, and DeepSpeed then copies unchanged masters.
+    """
+
+    gate: Callable[[], bool] | None = None
+    """Whether the update may be done; DeepSpeed may call `step` several times for one update, once for each group."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Step, unless the gate says no."""
+        if self.gate is None or self.gate():
+            super().step(closure)
+
+
+class GuardedAdamW(GatedAdamW):
+    """A gated AdamW that clips by global norm and leaves everything untouched when the norm is not finite.
 
     `overflow` and `_global_grad_norm` are the names DeepSpeed's engine reads from an optimizer (0.19.8, runtime/engine.py).
     """
@@ -72,7 +89,7 @@ class GuardedAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Clip, check, and step."""
+        """Check, clip, and step."""
         gradients: list[Tensor] = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         self._global_grad_norm = float(norm)

@@ -16,7 +16,14 @@ from torch import nn
 
 from dstrain.base.config import dump_yaml, to_plain
 from dstrain.base.device import device_name
-from dstrain.base.errors import CheckpointError, ConfigError, ExitCode, NothingToResumeError, StorageError
+from dstrain.base.errors import (
+    CheckpointError,
+    ConfigError,
+    ExitCode,
+    NoProgressError,
+    NothingToResumeError,
+    StorageError,
+)
 from dstrain.base.logs import get_logger
 from dstrain.base.protocols import RunState, StepFlags
 from dstrain.base.storage import make_directory, write_json, write_text
@@ -26,6 +33,7 @@ from dstrain.checkpoint.manifest import STATES, model_fingerprint
 from dstrain.checkpoint.reader import Checkpoint, newest_valid
 from dstrain.checkpoint.writer import CheckpointWriter
 from dstrain.data.prefetch import Prefetcher
+from dstrain.health.guards import Guards
 from dstrain.health.lease import RunLease
 from dstrain.health.signals import StopRequest
 from dstrain.models.huggingface import architecture_of, facts
@@ -69,6 +77,8 @@ class Run:
         if self.state.step == 0:
             self._evaluate(0)
         ending = self._loop(stop)
+        if ending is Ending.ROLL_BACK:
+            raise NoProgressError(f"step {self.state.step}: {self.guards.verdict.reason}")
         if ending is Ending.STOPPED:
             self._require_saved()
             self._say(
@@ -233,6 +243,7 @@ class Run:
     def _loop(self, stop: StopRequest) -> Ending:
         config, parts = self.config, self.parts
         peak = config.optimizer.learning_rate
+        self.guards = Guards(config.train.guards, loss_scaling=self.site.precision == "fp16")
         boundary = Boundary(
             evaluate=self._evaluate if parts.evaluate is not None else None,
             save=self._save,
@@ -255,7 +266,8 @@ class Run:
                 observers=[self.monitor],
                 boundary=boundary,
                 flags=lambda: StepFlags(stop=stop.reason is not None),
-                skipped_limit=config.train.skipped_steps_limit,
+                guards=self.guards,
+                on_fault=lambda verdict: self.monitor.event("guard", step=verdict.step + 1, **verdict.to_json()),
                 on_damage=self._close_blocks,
             )
 

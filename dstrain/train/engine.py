@@ -13,7 +13,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -24,14 +24,17 @@ from torch import Tensor, distributed, nn
 
 from dstrain.base.control import ControlPlane
 from dstrain.base.device import Precision
-from dstrain.base.errors import ConfigError, DstrainError, MachineError
+from dstrain.base.errors import ConfigError, MachineError
 from dstrain.base.logs import get_logger
 from dstrain.base.protocols import Interrupted, LossParts, MicroBatch, Objective, StepData, StepFlags
 from dstrain.base.seeds import derive
 from dstrain.base.world import World
-from dstrain.optim.adamw import OptimizerConfig, build_adamw, parameter_groups
+from dstrain.optim.adamw import GatedAdamW, OptimizerConfig, build_adamw, parameter_groups
+from dstrain.train.agreement import Agreed, AnyData, agree
 from dstrain.train.ds_config import EngineConfig, deepspeed_config, warnings_for
+from dstrain.train.memory import memory_faults_named
 from dstrain.train.op_cache import clear_stale_locks
+from dstrain.train.step_gate import Judge, StepGate
 
 _LOG = get_logger(__name__)
 
@@ -162,10 +165,14 @@ class Engine:
         groups = parameter_groups(module.named_parameters(), weight_decay=optimizer.weight_decay)
         client = build_adamw(optimizer, groups, guarded=guarded)
         _skip_memory_reports()
+        _admit_gated_adamw()
         try:
             self.engine, _, _, _ = deepspeed.initialize(model=module, optimizer=client, config=self.ds_config)
         except (deepspeed.runtime.config.DeepSpeedConfigError, ValidationError) as error:
             raise ConfigError(f"deepspeed: refused by DeepSpeed {deepspeed.__version__}: {error}") from None
+        self._micro_batch, self._loss_scale, self._left_out = micro_batch, 1.0, False
+        self._gate = StepGate(self._gradient_norm)
+        client.gate = self._gate
 
     @property
     def model(self) -> nn.Module:
@@ -174,7 +181,7 @@ class Engine:
         return module
 
     def train_step(
-        self, data: StepData | DstrainError | Interrupted, *, step: int, learning_rate: float, flags: StepFlags = NO_FLAGS
+        self, data: AnyData, *, step: int, learning_rate: float, flags: StepFlags = NO_FLAGS, judge: Judge | None = None
     ) -> StepTotals:  # fmt: skip
         """Collective. One optimizer step.
 
@@ -184,41 +191,32 @@ class Engine:
             step: steps done before this one; keys dropout.
             learning_rate: of this step.
             flags: what this rank asks for; all ranks learn of it.
+            judge: may leave the update out, once loss and gradient norm are known; None admits every finite one.
 
         Raises:
             DstrainError: this rank's data fault; PeerError where another rank had one.
             Interrupted: some rank did not wait for its data, because it was asked to stop; no rank took the step.
+            MachineError: this rank is out of memory, or ranks have judged the step before differently.
         """
         started = time.perf_counter()
-        counts = self._agree(data, flags)
-        if isinstance(data, (DstrainError, Interrupted)):  # _agree has raised it already
-            raise data
+        counts = agree(self.control, data, flags, left_out=self._left_out)
+        assert isinstance(data, StepData)  # agree has raised anything else
         self._accumulate(len(data.micro_batches))
-        scale = self.control.world.size / max(1, counts.num_targets)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        loss = torch.zeros((), dtype=torch.float32, device=self.device)
-        correct = torch.zeros((), dtype=torch.float32, device=self.device)
-        backward_done = started
-        for number, batch in enumerate(data.micro_batches):
-            torch.manual_seed(derive(self.seed, "dropout", step, self.control.world.rank, number) >> 1)
-            loss_sum, hits = self.engine(batch.to(self.device))
-            self.engine.backward(loss_sum * scale, scale_wrt_gas=False)
-            loss += loss_sum.detach()
-            correct += hits
+        with memory_faults_named(micro_batch=self._micro_batch, device=self.device, step=step):
+            loss, accuracy = self._forward_backward(data, counts, step=step)
             backward_done = time.perf_counter()
+            self._gate.prepare(judge, loss=loss)
+            self._loss_scale = self._stage_0_scale()
             self.engine.step()
-        applied = bool(self.engine.was_step_applied())
-        totals = torch.stack([loss, correct])
-        if self.control.world.size > 1:
-            distributed.all_reduce(totals)
-        loss_total, correct_total = totals.tolist()
-        targets = max(1, counts.num_targets)
+        admitted = self._gate.finish()
+        self._left_out = not admitted
         return StepTotals(
-            loss=loss_total / targets,
-            accuracy=correct_total / targets,
-            gradient_norm=float(self.engine.get_global_grad_norm() or 0.0),
-            applied=applied,
+            loss=loss,
+            accuracy=accuracy,
+            gradient_norm=self._gradient_norm(),
+            applied=admitted and bool(self.engine.was_step_applied()),
             num_targets=counts.num_targets,
             num_tokens=counts.num_tokens,
             num_rows=counts.num_rows,
@@ -230,6 +228,36 @@ class Engine:
             forward_backward_s=backward_done - started,
             step_s=time.perf_counter() - backward_done,
         )
+
+    def _forward_backward(self, data: StepData, counts: Agreed, *, step: int) -> tuple[float, float]:
+        """Collective. Gradients of a step, and its loss and accuracy over all ranks; nothing is updated yet."""
+        scale = self.control.world.size / max(1, counts.num_targets)
+        loss = torch.zeros((), dtype=torch.float32, device=self.device)
+        correct = torch.zeros((), dtype=torch.float32, device=self.device)
+        for number, batch in enumerate(data.micro_batches):
+            if number:
+                self.engine.step()  # closes the micro-batch before; only the last one's step updates anything
+            torch.manual_seed(derive(self.seed, "dropout", step, self.control.world.rank, number) >> 1)
+            loss_sum, hits = self.engine(batch.to(self.device))
+            self.engine.backward(loss_sum * scale, scale_wrt_gas=False)
+            loss += loss_sum.detach()
+            correct += hits
+        totals = torch.stack([loss, correct])
+        if self.control.world.size > 1:
+            distributed.all_reduce(totals)
+        loss_total, correct_total = totals.tolist()
+        targets = max(1, counts.num_targets)
+        return loss_total / targets, correct_total / targets
+
+    def _gradient_norm(self) -> float:
+        """Global, before clipping; 0 where DeepSpeed does not compute it. Known from DeepSpeed's step on."""
+        norm = getattr(self.engine.optimizer, "_global_grad_norm", None)
+        return 0.0 if norm is None else float(norm) / self._loss_scale
+
+    def _stage_0_scale(self) -> float:
+        """The loss scale that is still in the gradient norm: DeepSpeed takes it out at stages 1 to 3 only."""
+        scaling = getattr(self.engine.optimizer, "loss_scale_config", None)
+        return float(scaling.cur_scale) if scaling is not None and self.precision == "fp16" else 1.0
 
     @torch.no_grad()
     def evaluate(
@@ -293,36 +321,12 @@ class Engine:
         if hasattr(self.engine.optimizer, "gradient_accumulation_steps"):
             self.engine.optimizer.gradient_accumulation_steps = num_micro
 
-    def _agree(self, data: StepData | DstrainError | Interrupted, flags: StepFlags) -> _Counts:
-        fault = data if isinstance(data, DstrainError) else None
-        left = isinstance(data, Interrupted)
-        if isinstance(data, (DstrainError, Interrupted)):
-            data = StepData((), num_rows=0, padded_tokens=0, ledger=0, epoch=0.0)
-        local = (
-            sum(b.num_targets for b in data.micro_batches),
-            sum(b.num_tokens for b in data.micro_batches),
-            data.num_rows,
-            data.padded_tokens,
-            data.ledger & 0xFFFFFFFF,
-            data.ledger >> 32,
-            int(fault is not None),
-            int(left),
-            len(data.damaged),
-            *map(int, astuple(flags)),
-        )
-        targets, tokens, rows, padded, low, high, faults, leaving, damages, *asked = self.control.sum(local)
-        if faults:
-            self.control.together(lambda: _raise(fault))
-        if leaving:
-            raise Interrupted("asked to stop while waiting for data")
-        damaged = self._all_damaged(data) if damages else ()
-        agreed = StepFlags(*(number > 0 for number in asked))
-        return _Counts(targets, tokens, rows, padded, (low + (high << 32)) % (1 << 63), agreed, damaged)
 
-    def _all_damaged(self, data: StepData) -> tuple[tuple[str, int], ...]:
-        """Collective. Blocks that any rank could not read, the same tuple on every rank."""
-        found = self.control.gather_json([list(entry) for entry in data.damaged])
-        return tuple(sorted({(str(source), int(block)) for entries in found for source, block in entries}))
+def _admit_gated_adamw() -> None:
+    """Tell DeepSpeed that the gated AdamW is torch's AdamW, which it looks up by exact type (0.19.8, zero/utils.py)."""
+    known = importlib.import_module("deepspeed.runtime.zero.utils").ZERO_SUPPORTED_OPTIMIZERS
+    if GatedAdamW not in known:
+        known.append(GatedAdamW)
 
 
 def _skip_memory_reports() -> None:
@@ -334,19 +338,3 @@ def _skip_memory_reports() -> None:
     module = importlib.import_module("deepspeed.runtime.bf16_optimizer")
     if hasattr(module, "see_memory_usage"):
         setattr(module, "see_memory_usage", lambda *_, **__: None)  # noqa: B010  (mypy knows no such name to assign)
-
-
-def _raise(fault: DstrainError | None) -> None:
-    if fault is not None:
-        raise fault
-
-
-@dataclass(frozen=True)
-class _Counts:
-    num_targets: int
-    num_tokens: int
-    num_rows: int
-    padded_tokens: int
-    ledger: int
-    flags: StepFlags
-    damaged: tuple[tuple[str, int], ...]

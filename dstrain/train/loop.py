@@ -25,6 +25,7 @@ from dstrain.base.protocols import (
     Unwatched,
 )
 from dstrain.data.ledger import LEDGER_MODULUS
+from dstrain.health.guards import Guards, Verdict
 from dstrain.train.engine import Engine, StepTotals
 
 ResultT = TypeVar("ResultT")
@@ -35,6 +36,8 @@ class Ending(Enum):
 
     COMPLETE = "complete"
     STOPPED = "stopped"
+    ROLL_BACK = "roll_back"
+    """The guards ask for an older state (`Guards.verdict.roll_back`): nothing was saved, and the observers stay open."""
 
 
 @dataclass
@@ -116,7 +119,8 @@ def train(
     observers: Sequence[Observer],
     boundary: Boundary,
     flags: Callable[[], StepFlags],
-    skipped_limit: int,
+    guards: Guards,
+    on_fault: Callable[[Verdict], None] | None = None,
     on_damage: Callable[[int, tuple[tuple[str, int], ...]], None] | None = None,
 ) -> Ending:
     """Collective. Run optimizer steps until `max_steps` or a stop that all ranks agree on; saves before it leaves.
@@ -130,18 +134,23 @@ def train(
         observers: look at every report.
         boundary: evaluation and saving between steps; its `progress` is told what the loop does.
         flags: what this rank asks for; read before each step.
-        skipped_limit: consecutive skipped steps that end the run.
+        guards: judge each step before its update.
+        on_fault: told, after the observers, of each step that was not sound; the same on every rank.
         on_damage: told of the steps done and of the blocks that some rank had to do without, the same on every rank.
 
     Raises:
-        NoProgressError: too many steps in a row were skipped.
+        NoProgressError: the guards ask for a stop; nothing of the faulty steps was saved.
     """
     progress = boundary.progress
     if state.evaluation_due:
         boundary.evaluate_now(state)
         if state.evaluation_due:
             return _leave(Ending.STOPPED, state, observers, boundary)
-    skipped_in_row = 0
+
+    def judge(*, loss: float, gradient_norm: float, overflowed: bool) -> bool:
+        verdict = guards.judge(state.step, loss=loss, gradient_norm=gradient_norm, overflowed=overflowed)
+        return verdict.action == "go_on"
+
     clock = time.perf_counter()
     progress.enter("data", state.step)
     for step, data in _with_faults(steps, state.step):
@@ -149,7 +158,7 @@ def train(
         rate = learning_rate(step)
         progress.enter("step", step)
         try:
-            totals = engine.train_step(data, step=step, learning_rate=rate, flags=flags())
+            totals = engine.train_step(data, step=step, learning_rate=rate, flags=flags(), judge=judge)
         except Interrupted:
             return _leave(Ending.STOPPED, state, observers, boundary)
         seconds = {"data": waited, "forward_backward": totals.forward_backward_s, "step": totals.step_s}
@@ -164,12 +173,16 @@ def train(
             observer.on_step(state, report)
         if totals.damaged and on_damage is not None:
             on_damage(state.step, totals.damaged)
-        skipped_in_row = 0 if report.applied or engine.precision == "fp16" else skipped_in_row + 1
-        if skipped_in_row >= skipped_limit:
+        verdict = guards.verdict
+        if verdict.faults and on_fault is not None:
+            on_fault(verdict)
+        if verdict.action in ("roll_back", "stop"):
             boundary.settle_now(state.step)
+            if verdict.action == "roll_back":
+                return Ending.ROLL_BACK
             raise NoProgressError(
-                f"{skipped_in_row} steps in a row were skipped for non-finite gradients, the last at step {state.step}: "
-                "lower optimizer.learning_rate, lengthen schedule.warmup_steps, or use engine.precision: fp32"
+                f"step {state.step}: {verdict.reason}: lower optimizer.learning_rate, lengthen schedule.warmup_steps, "
+                "use engine.precision: fp32, or loosen train.guards"
             )
         boundary.run(state, max_steps=max_steps, flags=totals.flags)
         if state.evaluation_due or (state.step < max_steps and (totals.flags.stop or totals.flags.hurry)):

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from dstrain.base.config import Config
+from dstrain.health.guards import GuardConfig
 
 
 class LoopConfig(Config):
@@ -26,5 +27,5 @@ class LoopConfig(Config):
     accept_new_data: bool = False
     """On resume, go on with data or an order that differ from the checkpoint's, as a recorded new phase
     (`--accept-new-data`); false refuses with the difference."""
-    skipped_steps_limit: int = Field(default=25, ge=1)
-    """Consecutive steps skipped for non-finite gradients before the run stops (loss scaling in fp16 does not count)."""
+    guards: GuardConfig = Field(default_factory=GuardConfig)
+    """What is done about losses and gradients that are not finite or far above those before them."""

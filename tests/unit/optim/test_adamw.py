@@ -154,3 +154,54 @@ def test_the_state_is_that_of_plain_adamw():
     plain.load_state_dict(copy.deepcopy(guarded.state_dict()))
     assert plain.state_dict()["state"].keys() == guarded.state_dict()["state"].keys()
     assert set(guarded.state_dict()["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+# --- the gate ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_closed_gate_touches_nothing_and_an_open_one_steps_as_without(guarded):
+    model = tiny_model()
+    optimizer = optimizer_for(model, guarded=guarded)
+    set_gradients(model)
+    optimizer.step()
+    before = snapshot(model, optimizer)
+    optimizer.gate = lambda: False
+    set_gradients(model, seed=1)
+    optimizer.step()
+    assert bitwise_equal(snapshot(model, optimizer), before)
+
+    other = copy.deepcopy(model)
+    free = optimizer_for(other, guarded=guarded)
+    free.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.gate = lambda: True
+    for some, its in ((model, optimizer), (other, free)):
+        set_gradients(some, seed=2)
+        its.step()
+    assert bitwise_equal(snapshot(model, optimizer), snapshot(other, free))
+
+
+def test_the_guarded_optimizer_asks_with_its_norm_known_and_before_it_clips():
+    model = tiny_model()
+    optimizer = optimizer_for(model, guarded=True, clip_norm=0.1)
+    set_gradients(model)
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))
+    seen = []
+
+    def gate():
+        gradients = [p.grad for p in model.parameters()]
+        seen.append((optimizer._global_grad_norm, float(torch.nn.utils.get_total_norm(gradients))))
+        return True
+
+    optimizer.gate = gate
+    optimizer.step()
+    assert seen == [(norm, norm)]
+
+
+def test_the_guarded_optimizer_does_not_ask_about_what_it_refuses_itself():
+    model = tiny_model()
+    optimizer = optimizer_for(model, guarded=True)
+    set_gradients(model, scale=float("inf"))
+    optimizer.gate = lambda: pytest.fail("asked")
+    optimizer.step()
+    assert optimizer.overflow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from dstrain.base.control import ControlPlane
-from dstrain.base.errors import ConfigError, DataError
-from dstrain.base.protocols import IGNORED_LABEL, Interrupted, MicroBatch, StepFlags
+from dstrain.base.errors import ConfigError, DataError, MachineError
+from dstrain.base.protocols import IGNORED_LABEL, Interrupted, LossParts, MicroBatch, StepFlags
 from dstrain.checkpoint.fragments import EngineState
+from dstrain.health.guards import GuardConfig, Guards
 from dstrain.objectives.mlm import MlmObjective
 from dstrain.optim.adamw import OptimizerConfig
 from dstrain.train.ds_config import EngineConfig
@@ -268,3 +270,121 @@ def test_a_rank_without_data_leaves_without_a_step(control: ControlPlane) -> Non
     with pytest.raises(Interrupted):
         engine.train_step(Interrupted(), step=0, learning_rate=0.1)
     assert all(torch.equal(before[key], tensor) for key, tensor in weights(engine).items())
+
+
+class Refuses:
+    """A judge that leaves out what it is told to, and remembers what it was asked."""
+
+    def __init__(self, *, refuse: bool) -> None:
+        self.refuse, self.asked = refuse, []
+
+    def __call__(self, *, loss: float, gradient_norm: float, overflowed: bool) -> bool:
+        self.asked.append((loss, gradient_norm, overflowed))
+        return not self.refuse
+
+
+def every_byte(engine: Watched) -> dict[str, bytes]:
+    """Masters, moments, low-precision parameters and Adam's counters."""
+    held = {f"{f.name}|{f.state}": f.tensor.contiguous().view(torch.uint8) for f in engine.state.held()}
+    module = {
+        f"{name}|module": getattr(p, "ds_tensor", p).detach().contiguous().view(-1).view(torch.uint8)
+        for name, p in engine.engine.module.named_parameters()
+    }
+    steps = {
+        f"step {i}": state["step"].reshape(1).view(torch.uint8)
+        for i, state in enumerate(engine.engine.basic_optimizer.state.values())
+        if "step" in state
+    }
+    return {key: tensor.cpu().numpy().tobytes() for key, tensor in {**held, **module, **steps}.items()}
+
+
+ALL = [(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first step", "later step"])
+@pytest.mark.parametrize(("stage", "precision"), ALL)
+def test_an_update_that_is_left_out_changes_no_byte_and_leaves_no_gradient_behind(
+    control: ControlPlane, stage: int, precision: str, first: bool
+) -> None:
+    engine, good = build(control, stage=stage, precision=precision, accumulation=2), batch_of(rows())
+    if not first:
+        step(engine, [good, good])
+    before = every_byte(engine)
+    judge = Refuses(refuse=True)
+    data = step_data([good, good])
+    left_out = engine.train_step(data, step=1, learning_rate=1e-2, judge=judge)
+    assert [key for key, value in every_byte(engine).items() if value != before[key]] == []
+    assert not left_out.applied
+    assert left_out.gradient_norm > 0
+    assert judge.asked == [(left_out.loss, pytest.approx(left_out.gradient_norm), False)], (
+        "asked once, with global numbers"
+    )
+
+    taken = engine.train_step(data, step=1, learning_rate=1e-2, judge=Refuses(refuse=False))
+    assert taken.applied
+    assert (taken.loss, taken.gradient_norm) == (left_out.loss, left_out.gradient_norm), "nothing was accumulated twice"
+    reference = build(control, stage=stage, precision=precision, accumulation=2)
+    if not first:
+        step(reference, [good, good])
+    reference.train_step(data, step=1, learning_rate=1e-2)
+    assert every_byte(engine) == every_byte(reference)
+
+
+@pytest.mark.parametrize(("stage", "precision"), ALL)
+def test_an_injected_nan_changes_no_byte_and_the_judge_hears_of_it_once(
+    control: ControlPlane, stage: int, precision: str
+) -> None:
+    engine, good = build(control, stage=stage, precision=precision, accumulation=2), batch_of(rows())
+    step(engine, [good, good])
+    before = every_byte(engine)
+    judge = Refuses(refuse=False)
+    with Spoiler(engine):
+        found = engine.train_step(step_data([good, good]), step=1, learning_rate=1e-2, judge=judge)
+    assert [key for key, value in every_byte(engine).items() if value != before[key]] == []
+    assert not found.applied
+    [(loss, norm, overflowed)] = judge.asked
+    assert (overflowed, loss) == (True, found.loss)
+    assert not math.isfinite(norm)
+
+
+@pytest.mark.parametrize(("stage", "precision"), ALL)
+def test_a_loss_that_is_not_finite_in_one_micro_batch_is_left_out_by_the_guards(
+    control: ControlPlane, stage: int, precision: str
+) -> None:
+    """Also where the gradients would be finite: the loss alone says so."""
+    engine, good = build(control, stage=stage, precision=precision, accumulation=2), batch_of(rows())
+    step(engine, [good, good])
+    before = every_byte(engine)
+    guards, objective = Guards(GuardConfig()), engine.engine.module._objective
+    original, times = objective.loss, iter(range(100))
+
+    def spoilt(model: nn.Module, batch: MicroBatch) -> LossParts:
+        parts = original(model, batch)
+        return LossParts(parts.loss_sum + (float("inf") if next(times) == 1 else 0.0), parts.correct)
+
+    objective.loss = spoilt
+    judge = lambda **numbers: guards.judge(1, **numbers).action == "go_on"  # noqa: E731
+    found = engine.train_step(step_data([good, good]), step=1, learning_rate=1e-2, judge=judge)
+    assert (found.loss, found.applied) == (float("inf"), False)
+    assert math.isfinite(found.gradient_norm)
+    assert [fault.kind for fault in guards.verdict.faults] == ["non_finite_loss"]
+    assert [key for key, value in every_byte(engine).items() if value != before[key]] == []
+
+
+def test_out_of_memory_names_the_setting_to_lower(control: ControlPlane) -> None:
+    engine = build(control)
+
+    def full(model: nn.Module, batch: MicroBatch) -> LossParts:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    engine.engine.module._objective.loss = full
+    with pytest.raises(MachineError, match=r"step 4 does not fit .*train\.micro_batch \(now 8"):
+        step(engine, [batch_of(rows())], number=3)
+
+
+def test_a_judge_is_not_asked_while_deepspeed_builds_its_optimizer(control: ControlPlane) -> None:
+    engine = build(control, stage=0, precision="bf16")
+    judge = Refuses(refuse=True)
+    engine.train_step(step_data([batch_of(rows())]), step=0, learning_rate=0.1, judge=judge)
+    assert len(judge.asked) == 1
+    assert step(engine, [batch_of(rows())]).applied, "without a judge nothing is left out"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,21 +12,29 @@ import pytest
 from dstrain.base.errors import DataError, NoProgressError
 from dstrain.base.protocols import PHASES, Interrupted, RunState, StepData, StepFlags, StepReport
 from dstrain.data.ledger import LEDGER_MODULUS
+from dstrain.health.guards import GuardConfig, Guards, Verdict
 from dstrain.train.engine import StepTotals
 from dstrain.train.loop import Boundary, Ending, advance, train
+from dstrain.train.step_gate import Judge
 
 
 class FakeEngine:
     """Answers with totals made of the step's number; skips the steps it is told to."""
 
-    def __init__(self, *, skip: Callable[[int], bool] = lambda step: False, precision: str = "bf16") -> None:
-        self.skip, self.precision = skip, precision
+    def __init__(
+        self, *, skip: Callable[[int], bool] = lambda step: False, loss: Callable[[int], float] = lambda step: 1.0
+    ) -> None:  # fmt: skip
+        self.skip, self.loss = skip, loss
         self.asked: list[tuple[int, float, bool]] = []
 
-    def train_step(self, data: StepData, *, step: int, learning_rate: float, flags: StepFlags) -> StepTotals:
+    def train_step(
+        self, data: StepData, *, step: int, learning_rate: float, flags: StepFlags, judge: Judge
+    ) -> StepTotals:
         self.asked.append((step, learning_rate, flags.stop))
+        overflowed, loss = self.skip(step), self.loss(step)
+        admitted = judge(loss=loss, gradient_norm=math.inf if overflowed else 1.0, overflowed=overflowed)
         return StepTotals(
-            loss=1.0, accuracy=0.5, gradient_norm=1.0, applied=not self.skip(step), num_targets=3, num_tokens=10 + step,
+            loss=loss, accuracy=0.5, gradient_norm=1.0, applied=admitted and not overflowed, num_targets=3, num_tokens=10 + step,
             num_rows=4, padded_tokens=16, ledger=LEDGER_MODULUS // 2 + step, flags=flags,
             damaged=data.damaged, forward_backward_s=0.0, step_s=0.0, epoch=data.epoch,
         )  # fmt: skip
@@ -43,7 +52,7 @@ class Witness:
 
 
 def run(
-    engine: FakeEngine, *, max_steps: int = 6, first: int = 0, stop_at: int | None = None, skipped_limit: int = 3,
+    engine: FakeEngine, *, max_steps: int = 6, first: int = 0, stop_at: int | None = None, guards: Guards | None = None,
     log: list[Any] | None = None, **boundary: Any,
 ) -> tuple[Ending, RunState]:  # fmt: skip
     state = RunState(step=first)
@@ -56,7 +65,7 @@ def run(
         observers=[Witness(log if log is not None else [])],
         boundary=Boundary(**boundary),
         flags=lambda: StepFlags(stop=stop_at is not None and len(engine.asked) + first >= stop_at),
-        skipped_limit=skipped_limit,
+        guards=guards or Guards(GuardConfig(skips_limit=3)),
     )
     return ending, state
 
@@ -137,7 +146,9 @@ def test_a_stop_at_the_last_step_is_a_complete_run() -> None:
 
 def test_too_many_skipped_steps_in_a_row_end_the_run_with_advice_and_without_a_save() -> None:
     log: list[Any] = []
-    with pytest.raises(NoProgressError, match=r"3 steps in a row .* at step 4: lower optimizer\.learning_rate"):
+    with pytest.raises(
+        NoProgressError, match=r"step 4: 3 updates in a row .* not finite: lower optimizer\.learning_rate"
+    ):
         run(FakeEngine(skip=lambda step: step >= 1), log=log, save_every=4, **actions(log))
     assert ("save", 4) not in log
 
@@ -148,7 +159,9 @@ def test_a_good_step_ends_a_row_of_skipped_ones() -> None:
 
 
 def test_in_fp16_skipped_steps_are_the_loss_scale_at_work() -> None:
-    ending, state = run(FakeEngine(skip=lambda step: True, precision="fp16"), max_steps=6)
+    ending, state = run(
+        FakeEngine(skip=lambda step: True), max_steps=6, guards=Guards(GuardConfig(skips_limit=3), loss_scaling=True)
+    )
     assert (ending, state.skipped_steps) == (Ending.COMPLETE, 6)
 
 
@@ -178,7 +191,7 @@ def test_the_report_holds_every_part_of_the_time_and_they_add_up() -> None:
     train(
         engine=FakeEngine(), steps=((n, StepData([], 4, 16, 0, 0.5)) for n in range(3)), state=RunState(), max_steps=3,  # type: ignore[arg-type]
         learning_rate=lambda step: 0.1, observers=[Keep(log)], boundary=Boundary(**actions(log), save_every=1),
-        flags=StepFlags, skipped_limit=1,
+        flags=StepFlags, guards=Guards(GuardConfig()),
     )  # fmt: skip
     assert "save" not in reports[0].seconds
     assert "save" in reports[1].seconds, "a save is told with the step after it"
@@ -216,7 +229,7 @@ def test_a_fault_of_the_data_is_handed_to_the_engine_as_that_step_so_that_ranks_
     with pytest.raises(DataError, match="shard-000001"):
         train(
             engine=engine, steps=steps(), state=state, max_steps=9, learning_rate=lambda step: 0.1, observers=[],  # type: ignore[arg-type]
-            boundary=Boundary(), flags=StepFlags, skipped_limit=1,
+            boundary=Boundary(), flags=StepFlags, guards=Guards(GuardConfig()),
         )  # fmt: skip
     assert [asked[0] for asked in engine.asked] == [4, 5]
     assert state.step == 5
@@ -230,7 +243,7 @@ def test_damage_is_told_once_the_step_is_counted_and_before_anything_is_saved() 
     train(
         engine=FakeEngine(), steps=enumerate(data), state=state, max_steps=3, learning_rate=lambda step: 0.0,  # type: ignore[arg-type]
         observers=[], boundary=Boundary(save=lambda step: log.append(("save", step)), save_every=1),
-        flags=StepFlags, skipped_limit=9, on_damage=lambda step, blocks: log.append((step, blocks)),
+        flags=StepFlags, guards=Guards(GuardConfig()), on_damage=lambda step, blocks: log.append((step, blocks)),
     )  # fmt: skip
     assert log == [("save", 1), (2, (("wiki", 7),)), ("save", 2), ("save", 3)]
 
@@ -248,7 +261,7 @@ def run_asking(wanted: dict[int, StepFlags], *, max_steps: int = 4, state: RunSt
     ending = train(
         engine=FakeEngine(), steps=steps or ((n, StepData([], 4, 16, 0, 0.5)) for n in range(state.step, max_steps)),  # type: ignore[arg-type]
         state=state, max_steps=max_steps, learning_rate=lambda step: 0.0, observers=[], boundary=between,
-        flags=asking(wanted), skipped_limit=9,
+        flags=asking(wanted), guards=Guards(GuardConfig()),
     )  # fmt: skip
     return ending, state, between
 
@@ -339,7 +352,7 @@ def test_a_rank_that_does_not_wait_for_its_data_hands_that_on_and_the_loop_saves
     log: list[Any] = []
     ending = train(
         engine=Agreeing(), steps=steps(), state=RunState(), max_steps=9, learning_rate=lambda step: 0.1, observers=[],  # type: ignore[arg-type]
-        boundary=Boundary(**actions(log)), flags=StepFlags, skipped_limit=1,
+        boundary=Boundary(**actions(log)), flags=StepFlags, guards=Guards(GuardConfig()),
     )  # fmt: skip
     assert (ending, log) == (Ending.STOPPED, [("save", 1)])
 
@@ -358,3 +371,49 @@ def test_progress_is_told_what_the_loop_does() -> None:
         ("data", 0), ("step", 0), ("save", 1), ("data", 1), ("step", 1), ("evaluate", 2), ("save", 2), ("data", 2), ("save", 2),
     ]  # fmt: skip
     assert {phase for phase, _ in heard.phases} == set(PHASES)
+
+
+SHORT = GuardConfig(history_steps=8, least_history=4, sustained_steps=2, back_steps=2, skip_before=1, skip_after=3)
+
+
+def test_a_loss_that_is_not_finite_is_left_out_told_and_the_run_goes_on() -> None:
+    told: list[Verdict] = []
+    log: list[Any] = []
+    state = RunState()
+    train(
+        engine=FakeEngine(loss=lambda step: math.nan if step == 1 else 1.0), state=state, max_steps=3,  # type: ignore[arg-type]
+        steps=((n, StepData([], 4, 16, 0, 0.5)) for n in range(3)), learning_rate=lambda step: 0.0, observers=[Witness(log)],
+        boundary=Boundary(), flags=StepFlags, guards=Guards(SHORT), on_fault=lambda verdict: told.append(verdict) or log.append("told"),
+    )  # fmt: skip
+    assert (state.step, state.skipped_steps) == (3, 1)
+    assert [(verdict.step, verdict.action) for verdict in told] == [(1, "skip")]
+    assert log == [("step", 1), ("step", 2), "told", ("step", 3), ("end", 3)]
+
+
+def test_a_lasting_spike_leaves_for_a_roll_back_after_the_save_in_flight_and_without_another() -> None:
+    log: list[Any] = []
+    guards = Guards(SHORT)
+    ending, state = run(
+        FakeEngine(loss=lambda step: 9.0 if step >= 6 else 1.0), max_steps=20, guards=guards, log=log,
+        save_every=4, settle=lambda: log.append("settled") or True, **actions(log),
+    )  # fmt: skip
+    assert (ending, state.step) == (Ending.ROLL_BACK, 8)
+    assert [entry for entry in log if entry[0] in ("save", "end")] == [("save", 4)]
+    assert log[-1] == "settled"
+    back = guards.verdict.roll_back
+    assert back is not None
+    assert (back.onset, back.before, back.first, back.last) == (6, 4, 5, 11)
+
+
+def test_a_spike_stops_the_run_where_that_is_the_policy_and_nothing_bad_is_saved() -> None:
+    log: list[Any] = []
+    config = SHORT.model_copy(update={"loss_spike": "stop", "sustained_steps": 1})
+    with pytest.raises(NoProgressError, match=r"step 6: the loss 9 lies .* above the usual 1"):
+        run(
+            FakeEngine(loss=lambda step: 9.0 if step == 5 else 1.0),
+            guards=Guards(config),
+            log=log,
+            save_every=3,
+            **actions(log),
+        )
+    assert [entry for entry in log if entry[0] == "save"] == [("save", 3)]
