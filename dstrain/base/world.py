@@ -14,6 +14,10 @@ from dataclasses import dataclass
 
 from dstrain.base.errors import ConfigError
 
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_COUNTS_RANKS = ("torchrun", "deepspeed", "srun")
+_INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
 
 @dataclass(frozen=True)
 class World:
@@ -33,14 +37,31 @@ class World:
         """Whether this is rank 0, the one that speaks."""
         return self.rank == 0
 
+    @property
+    def is_on_one_host(self) -> bool:
+        """Whether all ranks are certainly on this machine, so that nothing of the job needs to listen to the network."""
+        if self.local_size != self.size:
+            return False
+        if self.master_addr in _LOOPBACK:
+            return True
+        # A launcher that counts the ranks of a node, and a meeting point that is this node under its own name. An address
+        # that a person chose stays.
+        return self.launcher in _COUNTS_RANKS and self.master_addr in (socket.gethostname(), socket.getfqdn())
+
     def export(self, environment: MutableMapping[str, str]) -> None:
-        """Write the variables that torch and DeepSpeed read, so that no other discovery (mpi4py) is tried."""
+        """Write the variables that torch and DeepSpeed read, so that no other discovery (mpi4py) is tried.
+
+        On one host ranks meet and talk over the loopback interface only, unless another one is set.
+        """
+        if self.is_on_one_host:
+            for name in _INTERFACE_VARIABLES:
+                environment.setdefault(name, "lo")
         environment.update(
             RANK=str(self.rank),
             WORLD_SIZE=str(self.size),
             LOCAL_RANK=str(self.local_rank),
             LOCAL_SIZE=str(self.local_size),
-            MASTER_ADDR=self.master_addr,
+            MASTER_ADDR="127.0.0.1" if self.is_on_one_host else self.master_addr,
             MASTER_PORT=str(self.master_port),
         )
 

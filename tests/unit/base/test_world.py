@@ -1,3 +1,5 @@
+import socket
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -124,6 +126,49 @@ def test_export_writes_what_the_engines_read():
         "MASTER_PORT": "9",
     }  # fmt: skip
     assert world_from_environment(env).local_size == 2
+
+
+ON_LOOPBACK = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+
+
+def exported(world, **before):
+    env = dict(before)
+    world.export(env)
+    return {name: env.get(name) for name in ON_LOOPBACK}
+
+
+@pytest.mark.parametrize(
+    "world",
+    [
+        World(),
+        World(size=2, local_size=2, launcher="deepspeed"),
+        World(size=2, local_size=2, launcher="environment", master_addr="localhost"),
+        World(size=2, local_size=2, launcher="srun", master_addr=socket.gethostname()),
+    ],
+)
+def test_ranks_of_one_host_meet_and_talk_on_the_loopback_interface(world):
+    assert world.is_on_one_host
+    assert exported(world) == ON_LOOPBACK
+
+
+@pytest.mark.parametrize(
+    "world",
+    [
+        World(size=4, local_size=2),
+        World(size=4, local_size=2, launcher="srun", master_addr=socket.gethostname()),
+        World(size=2, local_size=2, launcher="torchrun", master_addr="10.0.0.1"),
+        # Only RANK and WORLD_SIZE are known: the other rank may be elsewhere.
+        World(size=2, local_size=2, launcher="environment", master_addr=socket.gethostname()),
+    ],
+)
+def test_ranks_that_may_be_on_several_hosts_keep_their_meeting_point(world):
+    assert not world.is_on_one_host
+    assert exported(world) == {**dict.fromkeys(ON_LOOPBACK), "MASTER_ADDR": world.master_addr}
+
+
+def test_an_interface_that_a_person_chose_stays():
+    chosen = exported(World(size=2, local_size=2), GLOO_SOCKET_IFNAME="eth7", NCCL_SOCKET_IFNAME="ib0")
+    assert chosen == {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "eth7", "NCCL_SOCKET_IFNAME": "ib0"}
 
 
 @pytest.mark.parametrize(
