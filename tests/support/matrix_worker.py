@@ -37,10 +37,12 @@ SHAPE = {
 }  # fmt: skip
 
 
-def build(control: ControlPlane, *, stage: int, precision: str, seed: int) -> tuple[Engine, EngineState]:
+def build(
+    control: ControlPlane, *, stage: int, precision: str, seed: int, shape: dict[str, Any] = SHAPE, vocab_size: int = 53
+) -> tuple[Engine, EngineState]:
     torch.manual_seed(seed)
-    config = ModelConfig(config=SHAPE, pad_vocab_to=1)
-    model = build_masked_lm(config, vocab_size=53, special={"pad_token_id": 0})
+    config = ModelConfig(config=shape, pad_vocab_to=1)
+    model = build_masked_lm(config, vocab_size=vocab_size, special={"pad_token_id": 0})
     engine = Engine(
         model, MlmObjective(), config=EngineConfig(zero_stage=stage), optimizer=OptimizerConfig(), control=control,
         device="cpu", precision=precision, micro_batch=1, accumulation=2, seed=1,  # type: ignore[arg-type]
