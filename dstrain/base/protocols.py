@@ -167,6 +167,29 @@ class Loader(Protocol):
         """Do without damaged blocks from a step on; the same call on every rank. Returns the newly closed ones."""
         ...
 
+    def phase_of(self, step: int) -> int:
+        """Number of the phase of the data that a step belongs to; steps of one phase have comparable losses."""
+        ...
+
+    def rows_of(self, step: int) -> Sequence[tuple[str, int, int]]:
+        """(source, block, row) of everything that all ranks together train on in a step, for the record."""
+        ...
+
+    def skip_window(self, first: int, last: int, *, from_step: int) -> None:
+        """Step over the data that steps [first, last) would have taken: it is never trained on again.
+
+        The same call on every rank, with no step at or after `first` being made at the same time. Part of the state.
+
+        Args:
+            first: at or after `from_step`.
+            last: one past the last step.
+            from_step: optimizer steps done by the state that the run goes on from.
+
+        Raises:
+            ValueError: no window, or one that would change the data of steps already done.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class LossParts:

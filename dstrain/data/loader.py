@@ -7,7 +7,7 @@ handful of integers and fingerprints. Making steps ahead is `data.prefetch`; the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from dstrain.data.plan import PLAN_VERSION, PlannedRows, num_micro_batches
 from dstrain.data.plan_spec import PlanSpec
 from dstrain.data.rows import PlannedRow, RowSource
 from dstrain.data.source_order import EMPTY
+from dstrain.data.timeline import with_window
 
 Int64 = npt.NDArray[np.int64]
 
@@ -70,7 +71,8 @@ class PackedLoader:
         """
         self.names = spec.names
         self.sources = tuple(sources[name] for name in spec.names)
-        self.spec = spec
+        self.spec = self._configured = spec
+        self.stepped_over: tuple[tuple[int, int], ...] = ()
         self.plan = spec.build()
         self.era, self.origin = 0, 0
         self.history: list[dict[str, Any]] = []
@@ -79,13 +81,8 @@ class PackedLoader:
         num_blocks = sum(source.dataset.manifest.num_blocks for source in self.sources)
         self.quarantine = Quarantine(self.names, num_blocks=num_blocks, allowance=damage_allowance)
         self._planned: dict[tuple[int, int], list[PlannedRows]] = {}
-        self._lookahead: Lookahead | None = None
-        if lookahead_bytes:
-            self._lookahead = Lookahead(
-                [source.dataset for source in self.sources], blocks_of=self._blocks_of,
-                block_bytes=self._block_bytes, limit_bytes=lookahead_bytes,
-                kept_bytes=sum(source.cache_bytes for source in self.sources) // 2,
-            )  # fmt: skip
+        self._lookahead_bytes = lookahead_bytes
+        self._lookahead = self._look_ahead()
         self.rows_per_epoch = sum(order.rows_per_epoch for order in self.plan.orders)
         self.steps_per_epoch = self.rows_per_epoch / spec.phases[0].global_batch
 
@@ -178,10 +175,11 @@ class PackedLoader:
             "corruption": self._corruption,
             "sequence_length": self.sources[0].sequence_length,
             "fingerprints": {name: s.dataset.manifest.fingerprint for name, s in zip(self.names, self.sources)},
-            **self.spec.pinned(1 << 62),
+            **self._configured.pinned(1 << 62),
             "era": self.era,
             "origin": self.origin,
             "closed_blocks": [list(entry) for entry in self.quarantine.entries()],
+            "stepped_over": [list(window) for window in self.stepped_over],
             "history": self.history,
         }
 
@@ -199,7 +197,7 @@ class PackedLoader:
         Raises:
             CheckpointError: the data or its order differ; each key with its value then and now.
         """
-        now = {**self.state_dict(), **self.spec.pinned(step)}
+        now = {**self.state_dict(), **self._configured.pinned(step)}
         difference = state_difference(saved=_until(state, step), now=now, ignore=_RESTORED)
         if difference and not accept_new_data:
             raise CheckpointError(
@@ -210,12 +208,54 @@ class PackedLoader:
         if difference:
             self.history.append({**{k: v for k, v in state.items() if k != "history"}, "until_step": step})
             self.era, self.origin = int(state.get("era", 0)) + 1, step
+            self.stepped_over = ()
         else:
             self.era, self.origin = int(state.get("era", 0)), int(state.get("origin", 0))
             self.quarantine.restore(state.get("closed_blocks", []))
+            self.stepped_over = tuple((int(a), int(b)) for a, b in state.get("stepped_over", []))
+        self._replan()
+        return difference or None
+
+    def phase_of(self, step: int) -> int:
+        """Number of the phase of the data, with its batch and weights, that a step belongs to."""
+        return self.plan.timeline.place(step).phase
+
+    def rows_of(self, step: int) -> list[tuple[str, int, int]]:
+        """(source, block, row) of everything that all ranks together train on in a step."""
+        found = self.planned(step, step + 1)
+        rows = zip(found.source.tolist(), found.block.tolist(), found.row.tolist())
+        return [(self.names[source], block, row) for source, block, row in rows if block != EMPTY]
+
+    def skip_window(self, first: int, last: int, *, from_step: int) -> None:
+        """Step over the data that steps [first, last) would have taken; see `base.protocols.Loader`.
+
+        Windows of `data.skip_steps` keep their steps; those of earlier roll-backs keep their data.
+
+        Raises:
+            ValueError: no window, or one that would change the data of steps already done.
+        """
+        if not max(from_step, self.origin) <= first < last:
+            raise ValueError(f"[{first}, {last}) is no window of steps after step {from_step}")
+        rows = sum(self.plan.global_batch(step) for step in range(first, last))
+        length = -(-rows // self.plan.global_batch(first))  # a window is counted in steps of the phase it begins in
+        self.stepped_over = with_window(self.stepped_over, first, first + length)
+        self._replan()
+
+    def _replan(self) -> None:
+        windows = tuple(sorted([*self._configured.skip_steps, *self.stepped_over]))
+        self.spec = replace(self._configured, skip_steps=windows)
         self.plan = self.spec.build(origin=self.origin, era=self.era)
         self._planned.clear()
-        return difference or None
+        self._lookahead = self._look_ahead()
+
+    def _look_ahead(self) -> Lookahead | None:
+        if not self._lookahead_bytes:
+            return None
+        return Lookahead(
+            [source.dataset for source in self.sources], blocks_of=self._blocks_of,
+            block_bytes=self._block_bytes, limit_bytes=self._lookahead_bytes,
+            kept_bytes=sum(source.cache_bytes for source in self.sources) // 2,
+        )  # fmt: skip
 
     def _readable(
         self, parts: Sequence[Sequence[PlannedRow]], step: int, damaged: set[tuple[int, int]]
@@ -262,7 +302,7 @@ def _in_batches(parts: Sequence[Sequence[PlannedRow]]) -> Iterator[Sequence[Sequ
 _ROWS_PLANNED, _STEPS_PLANNED, _PLANNED_KEPT = 4096, 64, 4
 _ROWS_AT_ONCE = 256  # enough to drown NumPy's fixed costs, and a step's arrays stay in the processor's caches
 
-_RESTORED = ("era", "origin", "closed_blocks", "history")
+_RESTORED = ("era", "origin", "closed_blocks", "stepped_over", "history")
 """Keys of the state that are taken over, not compared."""
 
 

@@ -122,3 +122,20 @@ class Timeline:
             last - first for first, last in self.skip_steps
             if begin <= first <= step and (end is None or first < end)
         )  # fmt: skip
+
+
+def with_window(windows: Sequence[tuple[int, int]], first: int, last: int) -> tuple[tuple[int, int], ...]:
+    """Windows of steps, and one more that is named in the steps of the order which they make.
+
+    What any of them stepped over stays out: a window inside the new one is swallowed by it, one after it is met as many steps
+    earlier as the new one takes out.
+
+    Args:
+        windows: [a, b) as `Timeline` takes them.
+        first: first step whose data is stepped over now.
+        last: one past the last one.
+    """
+    swallowed = sum(b - a for a, b in windows if first < a < last)
+    before = [(a, b) for a, b in windows if a <= first]
+    after = [(a - (last - first), b - (last - first)) for a, b in windows if a >= last and a > first]
+    return tuple(sorted([*before, (first, last + swallowed), *after]))

@@ -24,6 +24,7 @@ from dstrain.data.loader import state_difference
 from dstrain.data.micro_batch import split_evenly
 from dstrain.data.order import ORDER_VERSION, permute, subkey
 from dstrain.data.plan import num_micro_batches, rank_slots
+from dstrain.data.timeline import with_window
 from dstrain.tasks.encoded import EncodedExamples, longest_first, make_micro_batch
 
 FORMAT_VERSION = 1
@@ -97,6 +98,7 @@ class ExampleLoader:
         self._first, self._last = rank_slots(global_batch, rank=world.rank, world_size=world.size)
         self._num_micro = num_micro_batches(global_batch, micro_batch=micro_batch, world_size=world.size)
         self.steps_per_epoch = len(examples) / global_batch
+        self.stepped_over: tuple[tuple[int, int], ...] = ()
 
     def step(self, step: int) -> StepData:
         """This rank's micro-batches of optimizer step `step` (from 0)."""
@@ -110,22 +112,50 @@ class ExampleLoader:
             num_rows=len(ordered),
             padded_tokens=slots if self._pads else sum(batch.num_tokens for batch in micro_batches),
             ledger=ledger_digest(planned, step=step),
-            epoch=(step + 1) / self.steps_per_epoch,
+            epoch=(self._data_step(step) + 1) / self.steps_per_epoch,
         )
 
     def examples_of(self, step: int) -> PlannedExamples:
         """The examples of this rank at a step, in slot order."""
+        return self._planned(step, self._first, self._last)
+
+    def rows_of(self, step: int) -> list[tuple[str, int, int]]:
+        """("examples", epoch, example) of everything that all ranks together train on in a step."""
+        planned = self._planned(step, 0, self._global_batch)
+        return [
+            ("examples", epoch, example) for epoch, example in zip(planned.epoch.tolist(), planned.example.tolist())
+        ]
+
+    def _planned(self, step: int, first: int, last: int) -> PlannedExamples:
         return planned_examples(
-            step,
-            self._first,
-            self._last,
+            self._data_step(step),
+            first,
+            last,
             num_examples=len(self._examples),
             global_batch=self._global_batch,
             seed=self._seed,
         )
 
+    def _data_step(self, step: int) -> int:
+        """The step whose data a step takes: further on by what was stepped over before it."""
+        return step + sum(last - first for first, last in self.stepped_over if first <= step)
+
+    def phase_of(self, step: int) -> int:
+        """All of fine-tuning is one phase."""
+        return 0
+
+    def skip_window(self, first: int, last: int, *, from_step: int) -> None:
+        """Step over the examples of the steps [first, last), in this epoch; see `base.protocols.Loader`.
+
+        Raises:
+            ValueError: no window, or one that would change the data of steps already done.
+        """
+        if not from_step <= first < last:
+            raise ValueError(f"[{first}, {last}) is no window of steps after step {from_step}")
+        self.stepped_over = with_window(self.stepped_over, first, last)
+
     def state_dict(self) -> dict[str, Any]:
-        """What pins the order; compared, not restored: the position is the step counter of the run."""
+        """What pins the order; compared but for the windows stepped over: the position is the step counter of the run."""
         return {
             "kind": "examples",
             "format_version": FORMAT_VERSION,
@@ -134,6 +164,7 @@ class ExampleLoader:
             "num_examples": len(self._examples),
             "fingerprint": self._examples.fingerprint,
             "global_batch": self._global_batch,
+            "stepped_over": [list(window) for window in self.stepped_over],
         }
 
     def restore(self, state: Mapping[str, Any], *, step: int, accept_new_data: bool = False) -> None:
@@ -142,12 +173,13 @@ class ExampleLoader:
         Raises:
             CheckpointError: with each differing key, its value then and now.
         """
-        difference = state_difference(saved=state, now=self.state_dict())
+        difference = state_difference(saved=state, now=self.state_dict(), ignore=("stepped_over",))
         if difference:
             raise CheckpointError(
                 f"the data order changed since the checkpoint at step {step} ({difference}): restore these settings, "
                 "or start a new run with model.init_from pointing at this one"
             )
+        self.stepped_over = tuple((int(a), int(b)) for a, b in state.get("stepped_over", []))
 
     def num_micro_batches(self, step: int) -> int:
         """Forwards of a step, the same on every rank and at every step."""

@@ -343,6 +343,92 @@ def test_every_key_of_the_state_is_compared(key, dataset):
         loader.restore(missing, step=5)
 
 
+# --- windows stepped over at run time ------------------------------------------------------------------------------
+
+
+def order(loader, first, last):
+    return [loader.rows_of(step) for step in range(first, last)]
+
+
+def test_a_window_stepped_over_at_run_time_takes_its_steps_out_of_the_order(dataset):
+    plain, skipping = loader_of(dataset), loader_of(dataset)
+    before = [skipping.step(step) for step in range(8)]
+    skipping.skip_window(3, 5, from_step=2)
+    assert order(skipping, 0, 4) == order(plain, 0, 3) + order(plain, 5, 6)
+    assert all(same(skipping.step(step), before[step]) for step in range(3)), "what was done stays as it was"
+    assert skipping.step(3).ledger != before[3].ledger
+
+
+def test_what_was_stepped_over_is_never_trained_on_in_any_epoch(dataset):
+    loader = loader_of(dataset)
+    gone = {row for rows in order(loader, 2, 4) for row in rows}
+    epochs = 3
+    loader.skip_window(2, 4, from_step=2)
+    counts = Counter(row for rows in order(loader, 0, int(loader.steps_per_epoch * epochs) - 2) for row in rows)
+    assert gone
+    assert not gone & counts.keys()
+    assert max(counts.values()) <= epochs
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_ranks_together_step_over_the_same_window(size, dataset):
+    alone, ranks = loader_of(dataset), [loader_of(dataset, rank=r, size=size) for r in range(size)]
+    for loader in (alone, *ranks):
+        loader.skip_window(1, 4, from_step=0)
+    for step in range(6):
+        ledgers = [loader.step(step).ledger for loader in ranks]
+        assert sum(ledgers) % LEDGER_MODULUS == alone.step(step).ledger
+        assert all(loader.rows_of(step) == alone.rows_of(step) for loader in ranks)
+
+
+def test_windows_are_part_of_the_state_and_restored_with_it(dataset):
+    loader = loader_of(dataset)
+    loader.skip_window(3, 5, from_step=0)
+    loader.skip_window(2, 4, from_step=0)
+    state = json.loads(json.dumps(loader.state_dict()))
+    other = loader_of(dataset, rank=1, size=2)
+    assert other.restore(state, step=6) is None
+    assert order(other, 0, 12) == order(loader, 0, 12)
+    assert other.state_dict() == loader.state_dict()
+    assert loader_of(dataset).restore(loader_of(dataset).state_dict(), step=6) is None
+    older = {key: value for key, value in state.items() if key != "stepped_over"}
+    other.restore(older, step=6)
+    assert order(other, 0, 6) == order(loader_of(dataset), 0, 6), "a checkpoint of before that has no windows"
+
+
+def test_windows_of_the_configuration_keep_their_steps_and_are_still_compared(dataset):
+    configured = loader_of(dataset, skip_steps=[(6, 7)])
+    configured.skip_window(2, 4, from_step=1)
+    assert configured.spec.skip_steps == ((2, 4), (6, 7))
+    state = configured.state_dict()
+    assert state["skip_steps"] == [[6, 7]]
+    with pytest.raises(CheckpointError, match="skip_steps"):
+        loader_of(dataset).restore(state, step=8)
+    loader_of(dataset, skip_steps=[(6, 7)]).restore(state, step=8)
+
+
+def test_a_window_over_a_change_of_the_batch_is_counted_in_the_steps_it_begins_in(dataset):
+    loader = loader_of(dataset, phases=[{"from_step": 4, "global_batch": 24}])
+    assert [loader.phase_of(step) for step in (0, 3, 4, 9)] == [0, 0, 1, 1]
+    loader.skip_window(3, 5, from_step=0)
+    assert loader.stepped_over == ((3, 6),), "12 + 24 rows are three steps of 12"
+
+
+@pytest.mark.parametrize(("first", "last", "from_step"), [(3, 3, 0), (4, 3, 0), (2, 5, 3)])
+def test_no_window_may_change_what_was_done(first, last, from_step, dataset):
+    with pytest.raises(ValueError, match="no window"):
+        loader_of(dataset).skip_window(first, last, from_step=from_step)
+
+
+def test_rows_of_a_step_are_what_all_ranks_train_on_without_those_that_are_gone(dataset):
+    loader = loader_of(dataset, rank=1, size=2, damage="mask", damage_allowance=1.0)
+    rows = loader.rows_of(0)
+    assert len(rows) == 12
+    source, block, _ = rows[0]
+    loader.close_blocks([(source, block)], from_step=0)
+    assert loader.rows_of(0) == [row for row in rows if row[1] != block]
+
+
 # --- small parts ---------------------------------------------------------------------------------------------------
 
 

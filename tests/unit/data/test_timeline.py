@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dstrain.base.errors import ConfigError
-from dstrain.data.timeline import Phase, Timeline
+from dstrain.data.timeline import Phase, Timeline, with_window
 
 LANES = 4
 
@@ -69,3 +69,19 @@ def test_a_later_origin_starts_its_data_at_the_beginning():
 def test_what_cannot_be_is_refused(phases, skip, message):
     with pytest.raises(ConfigError, match=message):
         Timeline([Phase(start, batch, (1,)) for start, batch in phases], lanes=4, skip_steps=skip)
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)), min_size=1, max_size=6))
+def test_one_more_window_takes_out_what_its_steps_had_and_nothing_comes_back(windows):
+    """However windows are nested: the order of the data is the old one without the steps of the new window."""
+
+    def data(windows):
+        timeline = Timeline([Phase(0, LANES, (1,))], lanes=LANES, skip_steps=windows)
+        return [timeline.place(step).turn for step in range(200)]
+
+    known: tuple[tuple[int, int], ...] = ()
+    for first, length in windows:
+        before = data(known)
+        known = with_window(known, first, first + length)
+        after = data(known)
+        assert after[: 200 - length] == before[:first] + before[first + length :]

@@ -207,3 +207,36 @@ def test_evaluation_sees_every_example_once_and_keeps_ranks_in_step(n, world_siz
         assert item.batch.tokens.numpy()[starts].tolist() == item.indices.tolist()
         found += item.indices.tolist()
     assert sorted(found) == list(range(n))
+
+
+# --- windows stepped over at run time ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_window_stepped_over_takes_its_examples_out_of_the_order(world_size):
+    ranks, [plain] = loaders(23, world_size=world_size), loaders(23, world_size=1)
+    for loader in ranks:
+        loader.skip_window(2, 5, from_step=1)
+        assert loader.phase_of(7) == 0
+    for step in range(9):
+        expected = plain.step(step if step < 2 else step + 3)
+        together = sorted(example for loader in ranks for example in seen(loader.step(step)))
+        assert together == sorted(seen(expected)) == sorted(row for _, _, row in ranks[0].rows_of(step))
+        assert {loader.step(step).epoch for loader in ranks} == {expected.epoch}
+
+
+def test_windows_are_restored_with_the_state():
+    [loader], [other] = loaders(23, world_size=1), loaders(23, world_size=1)
+    loader.skip_window(2, 5, from_step=1)
+    loader.skip_window(1, 3, from_step=1)
+    other.restore(loader.state_dict(), step=4)
+    assert [other.rows_of(step) for step in range(12)] == [loader.rows_of(step) for step in range(12)]
+    older = {key: value for key, value in loader.state_dict().items() if key != "stepped_over"}
+    other.restore(older, step=4)
+    assert other.rows_of(3) == loaders(23, world_size=1)[0].rows_of(3)
+
+
+def test_no_window_may_change_what_was_done():
+    [loader] = loaders(23, world_size=1)
+    with pytest.raises(ValueError, match="no window"):
+        loader.skip_window(2, 5, from_step=3)
