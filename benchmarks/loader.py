@@ -1,8 +1,9 @@
 """dstrain's loader against webdataset, LitData, MosaicML Streaming, HF datasets and a torch memmap: same tokens, one run.
 
     pip install -r benchmarks/requirements-peers.txt
-    python -m venv ENV && ENV/bin/pip install -r benchmarks/requirements-peers-mosaicml.txt   # its pins clash with the rest
-    python benchmarks/loader.py --corpus 'corpus/*.jsonl.gz' --work SCRATCH --python mosaicml=ENV/bin/python
+    python -m venv peers/mosaicml && peers/mosaicml/bin/pip install -r benchmarks/requirements-peers-mosaicml.txt   # its pins clash
+    python benchmarks/loader.py --work scratch --python mosaicml=peers/mosaicml/bin/python                # the embedded novels
+    python benchmarks/loader.py --corpus 'corpus/*.jsonl.gz' --work scratch --python mosaicml=peers/mosaicml/bin/python
 
 A peer that is not installed is reported as such. Each measurement is a fresh process; the order of the variants alternates
 from round to round; the table gives medians with the least and the greatest. Conversions and the states at half of the data
@@ -17,7 +18,7 @@ The result goes to benchmarks/results/ as Markdown and JSON, losses included.
 from __future__ import annotations
 
 import argparse
-import datetime
+import glob
 import json
 import os
 import shutil
@@ -34,6 +35,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "loader_peers"))
 
 import corpus  # noqa: E402
+from header import Facts  # noqa: E402
 from report import render  # noqa: E402
 from variants import VARIANTS  # noqa: E402
 
@@ -228,35 +230,24 @@ def measure(bench: Bench) -> Figures:
 
 def main() -> None:
     args = parse()
+    facts = Facts.now(
+        __file__, packages=("dstrain",), inputs=[f for pattern in args.corpus for f in sorted(glob.glob(pattern))]
+    )
     bench = Bench(args)
     conversions = bench.prepare()
     if args.prepare_only:
         return
     data = {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "command": " ".join(["python", "benchmarks/loader.py", *_plain(sys.argv[1:])]),
-        "rounds": args.rounds, "mtok": args.mtok, "seconds": args.seconds, "commit": _commit(),
+        "head": facts.to_json(), "head_text": facts.text(), "rounds": args.rounds, "mtok": args.mtok, "seconds": args.seconds,
         "conversions": conversions, "results": measure(bench), "missing": bench.missing, "versions": bench.versions,
         "failures": bench.failures,
     }  # fmt: skip
     text = render(data)
     print(text)
     args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / f"{data['date']}-{args.name}"
+    stem = args.out / f"{facts.date}-{args.name}"
     stem.with_suffix(".md").write_text(text)
     stem.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
-
-
-def _plain(arguments: list[str]) -> list[str]:
-    """The command without the places of one machine: only the last part of each path."""
-    return [f"{a.split('=')[0]}=..." if a.startswith(tuple(PEERS)) else Path(a).name for a in arguments]
-
-
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown"
 
 
 def parse() -> argparse.Namespace:

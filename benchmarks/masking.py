@@ -22,17 +22,14 @@ Results go to benchmarks/results/ as Markdown and JSON.
 from __future__ import annotations
 
 import argparse
-import datetime
+import glob
 import json
 import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -42,6 +39,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 import torch
+from header import Facts
 
 from dstrain.data.ledger import ledger_digest
 from dstrain.data.micro_batch import make_micro_batch
@@ -304,26 +302,12 @@ def ratio(one: list[float], other: list[float]) -> str:
 
 
 def report(
-    results: dict[int, dict[str, list[float]]], args: argparse.Namespace, bench: Bench
+    results: dict[int, dict[str, list[float]]], args: argparse.Namespace, bench: Bench, facts: Facts
 ) -> tuple[str, dict[str, Any]]:
-    import transformers
-
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        "?",
-    )
-    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     manifest = bench.dataset.manifest
     lines = [
-        f"# Masking, packing and collating, {date}", "", f"Command: `python benchmarks/masking.py {args.shown}`", "",
-        f"{cpu}, {os.cpu_count()} cores, no GPU, load {os.getloadavg()[0]:.1f}; commit {git.stdout.strip()}; dstrain {version('dstrain')}, "
-        f"NumPy {np.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}.",
-        f"{manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens, WordPiece vocabulary {manifest.vocab_size:,}; "
+        f"# Masking, packing and collating, {facts.date}", "", facts.text(),
+        f"No GPU is used. {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens, WordPiece vocabulary {manifest.vocab_size:,}; "
         f"{args.rows} rows a batch, one thread; {RATE:.0%} masked, 80/10/10. {args.rounds} interleaved rounds; million tokens per "
         "CPU-second, median (min to max); ratios round by round.", "",
     ]  # fmt: skip
@@ -374,7 +358,7 @@ def report(
         "The peers neither pack whole documents nor keep a ledger; hf-collator and numpy-sequential draw from one stream, so their masks",
         "depend on what was drawn before. hf-whole-word compares every token of a row with every other.", "",
     ]  # fmt: skip
-    data = {"date": date, "commit": git.stdout.strip(), "cpu": cpu, "arguments": args.shown, "results": results}
+    data = {"head": facts.to_json(), "results": results}
     return "\n".join(lines), data
 
 
@@ -388,20 +372,21 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024])
     parser.add_argument("--name", default="masking", help="of the result files")
     args = parser.parse_args()
-    args.shown = f"--rounds {args.rounds} --rows {args.rows} --lengths {' '.join(map(str, args.lengths))}"
     torch.set_num_threads(1)
     results: dict[int, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         inputs = args.input or [str(files("dstrain") / "corpora" / "austen.jsonl.gz")]
+        read = [] if args.shards else [file for pattern in inputs for file in sorted(glob.glob(pattern))]
+        facts = Facts.now(__file__, packages=("dstrain", "numpy", "torch", "transformers"), inputs=read)
         shards = args.shards or prepare(Path(temporary), inputs)
         for length in args.lengths:
             bench = Bench(shards, length=length, rows=args.rows, batches=args.batches)
             results[length] = measure(bench, args.rounds)
-        text, data = report(results, args, bench)
+        text, data = report(results, args, bench, facts)
     print(text)
     target = ROOT / "benchmarks" / "results"
     target.mkdir(parents=True, exist_ok=True)
-    stem = f"{data['date']}-{args.name}"
+    stem = f"{facts.date}-{args.name}"
     (target / f"{stem}.md").write_text(text)
     (target / f"{stem}.json").write_text(json.dumps(data, indent=1) + "\n")
 

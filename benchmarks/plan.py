@@ -1,7 +1,7 @@
 """The plan alone: time and memory of an epoch's order against peers, and how well it shuffles a sorted corpus.
 
     python benchmarks/plan.py                                    # without MosaicML
-    python benchmarks/plan.py --mosaicml ENV/bin/python          # an interpreter that has mosaicml-streaming 0.13
+    python benchmarks/plan.py --mosaicml peers/mosaicml/bin/python   # an interpreter that has mosaicml-streaming 0.13
 
 Cost: what must be computed before an epoch's first batch is known, at 1e7 and 1e8 rows, each in a process of its own; memory
 is the growth of the highest resident size. Peers: MosaicML's py1e (its default; blocks of 2^18, 8 canonical nodes, shards of
@@ -17,9 +17,7 @@ pipeline simulated on row numbers: shards split among ranks and workers, a buffe
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -30,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from header import Facts
 
 HERE = Path(__file__).resolve().parent
 SHARDS, SHARD_ROWS, BATCH, BLOCK_ROWS = 2000, 1000, 512, 128
@@ -269,13 +268,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the result file")
     args = parser.parse_args()
-    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
-    )
+    peer = {"mosaicml-streaming": args.mosaicml} if args.mosaicml else {}
+    facts = Facts.now(__file__, packages=("dstrain", "numpy", "webdataset"), interpreters=peer)
     text = "\n".join([
-        f"# The plan's cost and its shuffle, {date}\n",
-        f"Command: `python benchmarks/plan.py --rounds {args.rounds}`; {processor()}; commit {commit.stdout.strip()}, numpy {np.__version__}.\n",
+        f"# The plan's cost and its shuffle, {facts.date}\n",
+        f"{facts.text()}\n",
         "## Before an epoch's first batch is known\n",
         "Targets at 1e8 rows: ≥ 20× MosaicML py1e, ≥ 5× arange + shuffle. Median (least to greatest), a fresh process each.\n",
         *cost_table(args),
@@ -285,14 +282,7 @@ def main() -> None:
     ])  # fmt: skip
     print(text)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{date}-plan.md").write_text(text)
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
+    (args.out / f"{facts.date}-plan.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from variants import OURS, VARIANTS
@@ -26,20 +24,14 @@ def render(data: Data) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
 def _head(data: Data) -> str:
-    versions = sorted({f"{name} {version}" for found in data["versions"].values() for name, version in found.items()})
-    return f"""# dstrain's loader against its peers, {data["date"]}
+    peers = "; ".join(
+        f"{peer}: " + ", ".join(f"{n} {v}" for n, v in found.items()) for peer, found in data["versions"].items()
+    )
+    return f"""# dstrain's loader against its peers, {data["head"]["date"]}
 
-Command: `{data["command"]}`
-
-{processor()}, {len(os.sched_getaffinity(0))} cores, load average {os.getloadavg()[0]:.1f} at the end; commit {data["commit"]}; {", ".join(versions)}.
+{data["head_text"]}
+Each peer's environment: {peers}. Load average {os.getloadavg()[0]:.1f} at the end.
 {data["mtok"]:g} Mtok of uint16 tokens; {data["rounds"]} interleaved rounds of {data["seconds"]:g} s a stretch, one fresh process a figure; median (least to greatest).
 CPU time is user + system of the whole process tree; one process and one thread unless workers are named. Local files; the first
 batch and the resume begin with the files' pages dropped from the page cache, the timed stretch runs from it. Imports are outside.
