@@ -355,7 +355,8 @@ def test_a_window_stepped_over_at_run_time_takes_its_steps_out_of_the_order(data
     before = [skipping.step(step) for step in range(8)]
     skipping.skip_window(3, 5, from_step=2)
     assert order(skipping, 0, 4) == order(plain, 0, 3) + order(plain, 5, 6)
-    assert all(same(skipping.step(step), before[step]) for step in range(3)), "what was done stays as it was"
+    done = [dataclasses.replace(skipping.step(step), epoch=before[step].epoch) for step in range(3)]
+    assert all(map(same, done, before)), "what was done stays as it was, but for the epoch told at the edge"
     assert skipping.step(3).ledger != before[3].ledger
 
 
