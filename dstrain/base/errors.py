@@ -36,6 +36,8 @@ class ExitCode(IntEnum):
     """Another live job owns the run folder."""
     NOTHING_TO_RESUME = 81
     """`train.resume: require` was set and there is no valid checkpoint."""
+    SAVED_END = 82
+    """Stopped for good (stop file, spent budget) after saving: it goes on only when a person wants it to."""
 
 
 class DstrainError(Exception):

@@ -1,9 +1,11 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -11,9 +13,10 @@ import pytest
 from dstrain.base.errors import RunInUseError, StorageError
 from dstrain.health import lease as lease_module
 from dstrain.health.lease import FILE_NAME, RunLease
+from dstrain.health.watched_process import identify
 
 HOLDER = """
-import sys, time
+import sys
 from pathlib import Path
 from dstrain.health.lease import RunLease
 with RunLease(Path(sys.argv[1])):
@@ -37,20 +40,30 @@ def holder(tmp_path):
     process.stdout.close()
 
 
+@pytest.fixture
+def impatient_watch(monkeypatch):
+    """Silence is a matter of a moment."""
+    monkeypatch.setattr(lease_module, "SILENT_AFTER_S", 0.05)
+    monkeypatch.setattr(lease_module, "LOOK_EVERY_S", 0.01)
+
+
+def files(folder):
+    return sorted(p.name for p in (folder / FILE_NAME).iterdir())
+
+
 def owner(folder):
-    return json.loads((folder / FILE_NAME).read_text())
+    return json.loads((folder / FILE_NAME / max(n for n in files(folder) if n.endswith(".json"))).read_text())
 
 
-def plant(folder, **changes):
-    """A lease of another host, alive a moment ago unless changed."""
+def plant(folder, *, epoch=3, beat=None, **changes):
+    """A lease of another machine."""
     fields = {
-        "host": "elsewhere", "pid": 1234, "process_started": 0.0, "job": "", "nonce": "n", "heartbeat": time.time(),
+        "host": "elsewhere", "machine": "m", "pid": 1234, "process_started": 0, "job": "", "epoch": epoch, "released": False,
     } | changes  # fmt: skip
-    (folder / FILE_NAME).write_text(json.dumps(fields))
-
-
-def leases(folder):
-    return sorted(p.name for p in folder.iterdir())
+    (folder / FILE_NAME).mkdir(exist_ok=True)
+    (folder / FILE_NAME / f"{epoch:08d}.json").write_text(json.dumps(fields))
+    if beat is not None:
+        (folder / FILE_NAME / f"{epoch:08d}.beat").write_text(json.dumps({"beats": 1, "time": beat}))
 
 
 def test_a_second_job_is_refused_and_told_who_holds_the_folder(tmp_path, holder):
@@ -58,17 +71,23 @@ def test_a_second_job_is_refused_and_told_who_holds_the_folder(tmp_path, holder)
         RunLease(tmp_path).__enter__()
     message = str(caught.value)
     assert f"{tmp_path}: in use by process {holder.pid} on {socket.gethostname()}, job 4711" in message
-    assert re.search(r"\(heartbeat \d+ s ago\)", message)
+    assert re.search(r"\(heartbeat \d s ago\)", message)
     assert "set another run_folder" in message
     assert owner(tmp_path)["pid"] == holder.pid
-    assert leases(tmp_path) == [FILE_NAME]
+    assert files(tmp_path) == ["00000001.beat", "00000001.json"]
 
 
-def test_the_folder_is_free_when_the_holder_leaves(tmp_path, holder):
+def test_the_folder_is_free_when_the_holder_leaves_and_the_count_goes_on(tmp_path, holder):
     holder.communicate("go\n", timeout=30)
-    assert leases(tmp_path) == []
-    with RunLease(tmp_path):
+    assert files(tmp_path) == ["00000001.json"]
+    assert owner(tmp_path)["released"]
+    with RunLease(tmp_path) as mine:
         assert owner(tmp_path)["pid"] == os.getpid()
+        assert mine.epoch == 2
+        assert files(tmp_path) == ["00000002.beat", "00000002.json"]
+    with RunLease(tmp_path) as mine:
+        assert mine.epoch == 3
+    assert files(tmp_path) == ["00000003.json"]
 
 
 def test_a_killed_holder_is_followed_at_once(tmp_path, holder):
@@ -77,8 +96,8 @@ def test_a_killed_holder_is_followed_at_once(tmp_path, holder):
     assert owner(tmp_path)["pid"] == holder.pid
     with RunLease(tmp_path) as mine:
         assert owner(tmp_path)["pid"] == os.getpid()
+        assert mine.epoch == 2
         mine.check()
-    assert leases(tmp_path) == []
 
 
 def test_a_zombie_holds_nothing(tmp_path, holder):
@@ -89,78 +108,160 @@ def test_a_zombie_holds_nothing(tmp_path, holder):
 
 
 def test_a_process_number_used_again_is_not_the_old_owner(tmp_path):
-    plant(tmp_path, host=socket.gethostname(), pid=os.getpid(), process_started=1.0)
+    started = identify(os.getpid()).started
+    plant(tmp_path, machine=lease_module.this_machine(), pid=os.getpid(), process_started=started - 1)
     with RunLease(tmp_path) as mine:
         mine.check()
 
 
 def test_the_same_process_cannot_hold_it_twice(tmp_path):
-    with RunLease(tmp_path), pytest.raises(RunInUseError, match=f"process {os.getpid()}"):
-        RunLease(tmp_path).__enter__()
-    assert leases(tmp_path) == []
+    with RunLease(tmp_path) as mine:
+        with pytest.raises(RunInUseError, match=f"process {os.getpid()}"):
+            RunLease(tmp_path).__enter__()
+        mine.check()
+        assert files(tmp_path) == ["00000001.beat", "00000001.json"]
 
 
-def test_another_host_is_believed_while_its_heart_beats(tmp_path):
-    plant(tmp_path, heartbeat=time.time() - lease_module.SILENT_AFTER_S / 2)
+def test_another_machine_with_a_recent_heartbeat_is_left_alone_without_a_wait(tmp_path):
+    plant(tmp_path, beat=time.time() - lease_module.SILENT_AFTER_S / 2)
     with pytest.raises(RunInUseError, match="process 1234 on elsewhere"):
         RunLease(tmp_path).__enter__()
-    plant(tmp_path, heartbeat=time.time() - lease_module.SILENT_AFTER_S - 5)
-    with RunLease(tmp_path):
-        assert owner(tmp_path)["host"] == socket.gethostname()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"heartbeat": "soon"}', '{"pid": null}'])
-def test_a_lease_that_cannot_be_read_holds_nothing(content, tmp_path):
-    (tmp_path / FILE_NAME).write_text(content)
+@pytest.mark.parametrize("years", [-10, -1e-6, 10])
+@pytest.mark.parametrize("patient", [False, True])
+def test_no_clock_decides_that_another_machine_is_dead_only_silence_does(tmp_path, monkeypatch, years, patient):
+    """The owner's clock is wrong by years; it beats, then it stops."""
+    beats, looks = [], []
+    plant(tmp_path, beat=time.time() + years * 365 * 86400)
+
+    def look(self, seconds):
+        looks.append(seconds)
+        if not beats:  # one heartbeat while we watch
+            beats.append(1)
+            plant(tmp_path, beat=time.time() + years * 365 * 86400 + 10)
+
+    monkeypatch.setattr(lease_module, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(threading.Event, "wait", look)
+    with pytest.raises(RunInUseError, match="process 1234 on elsewhere"):
+        RunLease(tmp_path, patient=patient).__enter__()
+    monkeypatch.undo()
+    fresh = not patient and abs(years) < 1
+    assert len(looks) == (0 if fresh else 1)
+
+    monkeypatch.setattr(lease_module, "SILENT_AFTER_S", 0.02)
+    monkeypatch.setattr(lease_module, "LOOK_EVERY_S", 0.01)
+    with RunLease(tmp_path, patient=True) as mine:
+        assert (owner(tmp_path)["pid"], mine.epoch) == (os.getpid(), 4)
+
+
+def test_an_owner_elsewhere_that_leaves_while_we_watch_is_followed_at_once(tmp_path, monkeypatch):
+    plant(tmp_path)
+
+    def leave(self, seconds):
+        plant(tmp_path, released=True)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Event, "wait", leave)
+        lease = RunLease(tmp_path, patient=True)
+        lease._require_free(3)
+
+
+def test_a_container_with_the_same_host_name_is_another_machine(tmp_path):
+    """Its process number means nothing here, so only its heart can say that it is alive."""
+    plant(tmp_path, host=socket.gethostname(), pid=2**30, beat=time.time())
+    with pytest.raises(RunInUseError, match="in use by process 1073741824"):
+        RunLease(tmp_path).__enter__()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"process_started": "soon"}', '{"pid": null}'])
+def test_a_lease_that_cannot_be_one_of_ours_holds_nothing(content, tmp_path, impatient_watch):
+    (tmp_path / FILE_NAME).mkdir()
+    (tmp_path / FILE_NAME / "00000005.json").write_text(content)
     with RunLease(tmp_path) as mine:
         mine.check()
-    assert leases(tmp_path) == []
+        assert mine.epoch == 6
 
 
-def test_who_was_taken_over_notices_and_does_not_remove_the_new_owners_lease(tmp_path):
+def test_a_lease_file_that_cannot_be_read_is_not_taken_for_a_dead_one(tmp_path):
+    (tmp_path / FILE_NAME / "00000005.json").mkdir(parents=True)
+    with pytest.raises(StorageError, match=r"00000005\.json: cannot be read"):
+        RunLease(tmp_path).__enter__()
+
+
+def test_who_was_taken_over_notices_and_leaves_the_new_owners_lease_alone(tmp_path):
     with RunLease(tmp_path) as mine:
         mine.check()
-        plant(tmp_path, pid=99)
-        with pytest.raises(RunInUseError, match="taken over by process 99 on elsewhere"):
+        plant(tmp_path, epoch=2, pid=99)
+        with pytest.raises(RunInUseError, match=r"taken over by process 99 on elsewhere \(epoch 2, this job had 1\)"):
             mine.check()
-    assert owner(tmp_path)["pid"] == 99
+        mine._beat_once()
+    assert (owner(tmp_path)["pid"], owner(tmp_path)["released"]) == (99, False)
+
+
+def test_a_removed_lease_may_mean_another_owner(tmp_path):
+    with RunLease(tmp_path) as mine:
+        shutil.rmtree(tmp_path / FILE_NAME)
+        with pytest.raises(RunInUseError, match=r"00000001\.json was removed from lease/"):
+            mine.check()
+    assert not (tmp_path / FILE_NAME).exists()  # leaving does not bring it back
+
+
+def test_a_full_disk_does_not_end_a_job_that_asks_whether_it_owns_the_folder(tmp_path, monkeypatch):
+    def full(path, data):
+        raise StorageError("the disk is full")
+
+    with RunLease(tmp_path) as mine:
+        monkeypatch.setattr(lease_module, "write_bytes", full)
+        mine.check()
+        monkeypatch.undo()
+
+
+def test_an_old_view_of_the_folder_yields_to_epochs_that_are_ahead(tmp_path, monkeypatch):
+    """A client whose cache still shows epoch 2, released and swept long ago, makes epoch 3 where 9 is alive."""
+    started = identify(os.getpid()).started
+    plant(tmp_path, epoch=9, machine=lease_module.this_machine(), pid=os.getpid(), process_started=started)
+    true_view, stale = RunLease._newest, [2]
+
+    def newest(self):
+        return stale.pop() if stale else true_view(self)
+
+    monkeypatch.setattr(RunLease, "_newest", newest)
+    with pytest.raises(RunInUseError, match=f"in use by process {os.getpid()}"):
+        RunLease(tmp_path).__enter__()
+    assert files(tmp_path) == ["00000009.json"]
 
 
 def test_the_heart_beats(tmp_path, monkeypatch):
     monkeypatch.setattr(lease_module, "HEARTBEAT_S", 0.01)
     with RunLease(tmp_path):
-        first = owner(tmp_path)["heartbeat"]
+        path = tmp_path / FILE_NAME / "00000001.beat"
         deadline = time.monotonic() + 30
-        while owner(tmp_path)["heartbeat"] == first and time.monotonic() < deadline:
+        while json.loads(path.read_text())["beats"] < 3:
+            assert time.monotonic() < deadline
             time.sleep(0.005)
-        assert owner(tmp_path)["heartbeat"] > first
         assert owner(tmp_path)["pid"] == os.getpid()
-    assert leases(tmp_path) == []
-
-
-def test_the_heart_does_not_beat_over_an_owner_that_took_the_folder(tmp_path):
-    class ThreeBeats:
-        left = 3
-
-        def wait(self, _seconds):
-            self.left -= 1
-            return self.left < 0
-
-    gone = RunLease(tmp_path)
-    gone._stop = ThreeBeats()
-    plant(tmp_path, pid=99)
-    gone._beat()
-    assert gone._stop.left < 0
-    assert owner(tmp_path)["pid"] == 99
 
 
 def test_the_lease_goes_when_the_run_fails(tmp_path):
     with pytest.raises(ZeroDivisionError), RunLease(tmp_path / "new" / "run"):
         raise ZeroDivisionError
-    assert leases(tmp_path / "new" / "run") == []
+    assert owner(tmp_path / "new" / "run")["released"]
 
 
 def test_a_folder_that_cannot_be_written_is_a_storage_fault(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot be written"):
         RunLease(tmp_path / "file").__enter__()
+
+
+def test_a_lease_without_a_heartbeat_is_not_kept(tmp_path, monkeypatch):
+    def full(path, data):
+        raise StorageError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lease_module, "write_bytes", full)
+        with pytest.raises(StorageError, match="disk is full"):
+            RunLease(tmp_path).__enter__()
+    with RunLease(tmp_path) as mine:
+        assert mine.epoch == 1
