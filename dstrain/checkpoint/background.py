@@ -181,9 +181,23 @@ class PublishingThread(SaveThread):
 
     def __init__(
         self, plan: SavePlan, snapshot: Snapshot, *, retention: Retention, check_owner: Callable[[], None],
-        on_published: Callable[[Published], None], fault: str = "",
+        on_published: Callable[[Published], None], on_removed: Callable[[list[int]], None] = lambda _: None,
+        also_protect: Callable[[], frozenset[int]] = frozenset, fault: str = "",
     ) -> None:  # fmt: skip
+        """Prepare; `start` begins.
+
+        Args:
+            plan: the save.
+            snapshot: what this rank writes.
+            retention: what stays.
+            check_owner: raises when the run belongs to another job; asked immediately before the rename.
+            on_published: told of the checkpoint in place.
+            on_removed: told of the steps that retention deleted.
+            also_protect: steps that must stay for the moment (being copied elsewhere).
+            fault: why this rank cannot take part.
+        """
         super().__init__(plan, snapshot, fault=fault)
+        self._on_removed, self._also_protect = on_removed, also_protect
         self._retention, self._check_owner, self._on_published = retention, check_owner, on_published
 
     def _guarded(self) -> None:
@@ -214,7 +228,7 @@ class PublishingThread(SaveThread):
         """What may fail without unmaking the checkpoint."""
         remove_staging(self.plan.staging)  # the reports; the folder itself has its name
         try:
-            self._retention.apply(protect=self.plan.protect)
+            self._told_removed(self._retention.apply(protect=self._protected()))
             self._on_published(published)
         except Exception:  # noqa: BLE001  (the checkpoint is there, whatever a callback or a listing thinks)
             _LOG.exception("step %d is saved, but what follows a save failed", self.plan.step)
@@ -237,7 +251,15 @@ class PublishingThread(SaveThread):
         return error if error.startswith("rank") else f"rank 0: {error}"
 
     def _make_room(self) -> bool:
-        return bool(self._retention.make_room(self.plan.step, protect=self.plan.protect))
+        return self._told_removed(self._retention.make_room(self.plan.step, protect=self._protected()))
+
+    def _protected(self) -> frozenset[int]:
+        return self.plan.protect | self._also_protect()
+
+    def _told_removed(self, steps: list[int]) -> bool:
+        if steps:
+            self._on_removed(steps)
+        return bool(steps)
 
     def _with_room(self, action: Callable[[], ResultT]) -> ResultT:
         """Once more where the disk was full and retention had something to delete."""

@@ -9,6 +9,7 @@ MANIFEST = "manifest.json"
 FOLDER = "checkpoints"
 
 _STEP = re.compile(r"step-(\d{8,})")
+_SUPERSEDED = re.compile(r"superseded-step-(\d{8,})-[0-9a-f]+")
 _FRAGMENT_FILE = re.compile(r"rank-\d{5}-of-\d{5}\.safetensors")
 _EXTRA_FILE = re.compile(r"(tokenizer/)?[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -63,8 +64,8 @@ def leftovers(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.name.startswith((".staging-", ".deleting-")))
 
 
-def superseded(folder: Path) -> list[Path]:
-    """Checkpoints that a rollback or a second save of their step has taken the name from."""
+def superseded(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of checkpoints that a rollback or a second save of their step has taken the name from."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.name.startswith("superseded-step-"))
+    return sorted((int(match[1]), path) for path in folder.iterdir() if (match := _SUPERSEDED.fullmatch(path.name)))

@@ -67,13 +67,17 @@ def publish(
     check_owner()
     final = step_folder(folder, int(contents.manifest["step"]))
     if final.exists():
-        _move_aside(final)
+        move_aside(final)
     publish_directory(staging, final)
     return sum(entry.size_bytes for entry in manifest.files.values())
 
 
-def _move_aside(final: Path) -> None:
-    """A damaged folder of the step is kept for inspection; a whole one is of a course that was rolled back."""
+def move_aside(final: Path) -> None:
+    """Take a checkpoint's name from a folder: a damaged one is kept for inspection, a whole one is of a course that was rolled back.
+
+    Raises:
+        StorageError: it cannot be renamed.
+    """
     try:
         read_manifest(final)
         kind = "superseded"

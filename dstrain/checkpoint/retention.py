@@ -75,7 +75,7 @@ class Retention:
         Returns:
             The steps deleted.
         """
-        for path in superseded(self._folder):
+        for _, path in superseded(self._folder):
             _remove(path)
         return self._delete(protect, coming=0)
 
@@ -90,8 +90,8 @@ class Retention:
         Returns:
             The steps deleted; empty when there is nothing that may go.
         """
-        set_aside = [path for path in superseded(self._folder) if _remove(path)]
-        return self._delete(protect, coming=1, ignore=step) or [-1 for _ in set_aside]
+        set_aside = [found for found, path in superseded(self._folder) if _remove(path)]
+        return sorted([*set_aside, *self._delete(protect, coming=1, ignore=step)])
 
     def _delete(self, protect: Collection[int], *, coming: int, ignore: int = -1) -> list[int]:
         counted: dict[int, Path] = {}

@@ -9,6 +9,7 @@ failed save removes what it wrote and is told on all ranks alike; whether traini
 from __future__ import annotations
 
 import copy
+import queue
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -16,16 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.base.control import ControlPlane
-from dstrain.base.errors import DstrainError, ExitCode, StorageError
+from dstrain.base.errors import CheckpointError, DstrainError, ExitCode, StorageError
 from dstrain.base.logs import get_logger
 from dstrain.base.storage import discard_directory, make_directory
 from dstrain.checkpoint.background import PublishingThread, SavePlan, SaveThread, remove_staging
 from dstrain.checkpoint.config import CheckpointConfig as CheckpointConfig
-from dstrain.checkpoint.layout import leftovers, reports_folder, staging_folder
+from dstrain.checkpoint.layout import leftovers, reports_folder, staging_folder, step_folder
 from dstrain.checkpoint.manifest import Fragment
+from dstrain.checkpoint.mirror import Mirror
+from dstrain.checkpoint.mirror_places import open_place
 from dstrain.checkpoint.outcome import Published, SaveOutcome
 from dstrain.checkpoint.publish import Contents
-from dstrain.checkpoint.retention import Kept, Retention
+from dstrain.checkpoint.retention import Kept, Retention, set_aside_newer
 from dstrain.checkpoint.snapshot import Snapshot
 
 _LOG = get_logger(__name__)
@@ -38,6 +41,7 @@ class CheckpointWriter:
     Attributes:
         folder: `checkpoints/` of the run.
         retention: rank 0's rule of what stays; tell it what a start has verified (`retention.note_verified`).
+        mirror: the second tier, or None; for `reader.newest_valid`.
     """
 
     def __init__(
@@ -53,12 +57,20 @@ class CheckpointWriter:
             check_owner: raises RunInUseError when the run belongs to another job by now; rank 0's background thread asks immediately
                 before a rename.
             on_published: told of each checkpoint in place, by rank 0's background thread.
+
+        Raises:
+            ConfigError: the mirror's kind of store cannot be written, or its package is not installed; alike on every rank.
         """
         self.folder, self._config, self._control = folder, config, control
         self._check_owner, self._on_published = check_owner, on_published
         self.retention = Retention(
             folder, kept=Kept(config.keep_last, config.keep_every), trust_owner=config.trust_owner
         )
+        self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self.mirror: Mirror | None = None
+        if config.mirror is not None:
+            kept = Kept(config.mirror_keep_last, config.keep_every)
+            self.mirror = Mirror(open_place(config.mirror), kept=kept, on_event=self._events.put)
         self._snapshot = Snapshot()
         self._thread: SaveThread | None = None
         self._in_flight = False
@@ -168,12 +180,51 @@ class CheckpointWriter:
             raise outcome.fault() if outcome is not None else AssertionError("a save has an end")
         return outcome.published.folder
 
+    def take_events(self) -> list[dict[str, Any]]:
+        """Local, never waits: what happened behind the training since the last call, besides the ends that `poll` tells.
+
+        Returns:
+            JSON-able, each with `event` (mirrored, mirror_failed, checkpoints_removed) and `step`.
+        """
+        taken = []
+        while not self._events.empty():
+            taken.append(self._events.get())
+        return taken
+
+    def roll_back(self, step: int) -> list[int]:
+        """Rank 0, with no save in flight: make sure that no restart goes on from a checkpoint newer than `step`.
+
+        They are renamed and deleted after the next save; copies in the mirror are deleted now.
+
+        Returns:
+            The steps concerned.
+
+        Raises:
+            CheckpointError: there is no checkpoint of `step` to go on from; nothing is taken away.
+            StorageError: one of them cannot be renamed or deleted.
+        """
+        if not step_folder(self.folder, step).is_dir():
+            raise CheckpointError(f"{self.folder}: there is no checkpoint of step {step} to roll back to")
+        newer = set(set_aside_newer(self.folder, step))
+        if self.mirror is not None:
+            newer |= set(self.mirror.forget_newer(step))
+        return sorted(newer)
+
+    def wait_for_mirror(self, seconds: float) -> bool:
+        """Local. Wait until the second tier has the newest checkpoint, or the time is over; whether nothing is left to copy."""
+        return self.mirror is None or self.mirror.wait(seconds)
+
     def close(self, *, wait_s: float = 5.0) -> None:
-        """Local. Give a save in flight a last while, then give it up; for the way out, orderly or not.
+        """Local. Give a save in flight, and the mirror, a last while, then give them up; for the way out, orderly or not.
 
         Args:
-            wait_s: how long it may still take to end well.
+            wait_s: how long each may still take to end well.
         """
+        self._close_save(wait_s)
+        if self.mirror is not None:
+            self.mirror.close(wait_s=wait_s)
+
+    def _close_save(self, wait_s: float) -> None:
         thread = self._thread
         if thread is None or not self._in_flight:
             return
@@ -213,10 +264,14 @@ class CheckpointWriter:
             return SaveThread(plan, self._snapshot, fault=fault)
         return PublishingThread(
             plan, self._snapshot, retention=self.retention, check_owner=self._check_owner,
-            on_published=self._tell_published, fault=fault,
+            on_published=lambda published: self._tell_published(published, plan.protect), fault=fault,
+            also_protect=lambda: self.mirror.needed() if self.mirror is not None else frozenset(),
+            on_removed=lambda steps: self._events.put({"event": "checkpoints_removed", "step": plan.step, "removed": steps}),
         )  # fmt: skip
 
-    def _tell_published(self, published: Published) -> None:
+    def _tell_published(self, published: Published, protect: frozenset[int]) -> None:
+        if self.mirror is not None:
+            self.mirror.offer(published.step, published.folder, protect=protect)
         if self._on_published is not None:
             self._on_published(published)
 

@@ -15,8 +15,10 @@ from dstrain.checkpoint.layout import (
     is_safe_name,
     leftovers,
     published_steps,
+    reports_folder,
     staging_folder,
     step_folder,
+    superseded,
 )
 
 
@@ -47,6 +49,21 @@ def test_leftovers_are_staging_and_half_deleted_folders_only(tmp_path: Path) -> 
         (tmp_path / name).mkdir()
     staging_folder(tmp_path, 5, "ab").mkdir()
     assert [p.name for p in leftovers(tmp_path)] == [".deleting-step-00000003-ab", ".staging-00000005-ab"]
+
+
+def test_reports_lie_beside_the_staging_folder_and_go_with_the_leftovers(tmp_path: Path) -> None:
+    staging = staging_folder(tmp_path, 5, "ab")
+    reports_folder(staging).mkdir()
+    assert reports_folder(staging).parent == staging.parent
+    assert leftovers(tmp_path) == [reports_folder(staging)]
+    assert published_steps(tmp_path) == []
+
+
+def test_superseded_folders_are_told_with_their_step(tmp_path: Path) -> None:
+    for name in ("superseded-step-00000012-ab12", "superseded-notes", "step-00000001", "damaged-step-00000002-ab"):
+        (tmp_path / name).mkdir()
+    assert superseded(tmp_path) == [(12, tmp_path / "superseded-step-00000012-ab12")]
+    assert superseded(tmp_path / "absent") == []
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,9 @@ def test_a_negative_range_is_refused_even_where_the_sum_is_right() -> None:
 
 
 def test_a_valid_manifest_is_read(tmp_path: Path) -> None:
+    """Without what later writers of format 1 add: such checkpoints stay readable."""
     read = read_manifest(written(tmp_path))
+    assert (read.health, read.read_back) == ({}, False)
     assert read.parameters == {"w": [2, 3]}
     assert read.step == 1
 

@@ -212,6 +212,16 @@ def test_the_newest_is_taken_where_all_are_whole(folder: Path) -> None:
     assert newest_valid(folder, at_step=5).checkpoint is None
 
 
+def test_one_further_back_is_the_newest_before_a_step(folder: Path) -> None:
+    one = newest_valid(folder, before_step=8)
+    assert one.checkpoint is not None
+    assert one.checkpoint.manifest.step == 4
+    assert newest_valid(folder, before_step=4).checkpoint is None
+    (folder / "step-00000004" / "manifest.json").unlink()
+    assert newest_valid(folder, before_step=9).checkpoint is not None
+    assert [p.name for p, _ in newest_valid(folder, before_step=8).damaged] == ["step-00000004"]
+
+
 def test_files_that_nobody_vouched_for_are_never_read(folder: Path) -> None:
     stray = folder / "step-00000008" / "rank-00001-of-00001.safetensors"
     stray.write_bytes(b"garbage")
