@@ -11,13 +11,14 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dstrain.base.errors import DstrainError, PeerError
-from dstrain.cli import audit, demo, export, shards, tokenizer, training
+from dstrain.cli import audit, demo, export, launch, shards, tokenizer, training
 
 _EPILOG = """
 the way from text to a model:
   dstrain tokenizer train --input 'corpus/*.jsonl.gz' --vocab-size 32768 --out tok/
   dstrain shards build --input 'corpus/*.jsonl.gz' --tokenizer tok/ --out shards/
   deepspeed --num_gpus 8 launch/pretrain.py --config configs/bert-base.yaml data.path=shards/
+  dstrain launch pretrain configs/bert-base.yaml --num-processes 8      (the same, restarted after failures)
   dstrain export runs/bert-base --out hf/
   deepspeed --num_gpus 8 launch/finetune.py --config configs/finetune/sst2.yaml model.init_from=runs/bert-base
   tensorboard --logdir runs/
@@ -37,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    for module in (tokenizer, shards, training, audit, export, demo):
+    for module in (tokenizer, shards, training, launch, audit, export, demo):
         module.add_parser(subparsers)
     return parser
 

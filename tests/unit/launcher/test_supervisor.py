@@ -1,0 +1,72 @@
+"""The loop in this process: what it says and writes down, evaluation left alone, and the text of --dry-run."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dstrain.base.errors import ExitCode
+from dstrain.launcher.history import read_history
+from dstrain.launcher.policy import RestartPolicy
+from dstrain.launcher.starters import Command, Layout
+from dstrain.launcher.supervisor import Job, Supervisor, show_plan
+from tests.support.fake_stage import make_supervisor
+
+
+def _plan(folder: Path, **plan: Any) -> Path:
+    path = folder / "plan.json"
+    path.write_text(json.dumps(plan))
+    return path
+
+
+def test_every_decision_is_said_and_written_down(tmp_path: Path) -> None:
+    run, said = tmp_path / "run", []
+    plan = _plan(tmp_path, ranks=1, steps=6, faults=[{"attempt": 1, "rank": 0, "step": 5, "do": 76}])
+    code = make_supervisor(run, plan, starter="python", say=said.append).run()
+    assert code is ExitCode.COMPLETE, said
+    first, second = read_history(run)
+    assert said[0] == "attempt 1: python, 1 ranks, from the beginning"
+    assert said[1] == first.decision
+    assert said[1].startswith("restart 1 of 6 in 0.0 s: planned at step 5")
+    assert said[2] == "attempt 2: python, 1 ranks, from step 4"
+    assert said[3] == second.decision == "stop with 0 (complete): complete"
+    assert (first.code, first.reached_after, second.checkpoint_before) == (76, 5, 4)
+    assert first.mark != second.mark
+
+
+def test_an_evaluation_touches_neither_exit_files_nor_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "exit").mkdir()
+    (tmp_path / "exit" / "rank-00000.json").write_text("{}")
+    for step in (4, 8):
+        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    job = Job("evaluate", tmp_path, ("evaluate", str(tmp_path)), Layout("python", 1))
+    said: list[str] = []
+    supervisor = Supervisor(
+        job, RestartPolicy(first_wait_s=0.0), say=said.append, out=io.BytesIO(), environment=os.environ,
+        build=lambda *_, **__: Command((sys.executable, "-c", "raise SystemExit(1)"), {}, ()),
+    )  # fmt: skip
+    assert supervisor.run() is ExitCode.NO_PROGRESS
+    assert len(read_history(tmp_path)) == 3
+    assert (tmp_path / "exit" / "rank-00000.json").exists()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000004", "step-00000008"]
+
+
+@pytest.mark.parametrize("secret", ["it's $HOME; `id`", "a b"])
+def test_a_plan_can_be_pasted_into_a_shell(secret: str) -> None:
+    text = show_plan(
+        Command(("python", "-m", "x", f"k={secret}"), {"B": secret, "A": "1"}, ("RANK", "WORLD_SIZE")), RestartPolicy()
+    )
+    import shlex
+
+    lines = text.splitlines()
+    assert shlex.split(lines[0]) == ["export", "A=1"]
+    assert shlex.split(lines[1]) == ["export", f"B={secret}"]
+    assert lines[2] == "unset RANK WORLD_SIZE"
+    assert shlex.split(lines[3]) == ["python", "-m", "x", f"k={secret}"]
+    assert lines[4].startswith("# restarts: at most 10")
