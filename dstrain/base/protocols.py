@@ -278,6 +278,8 @@ class StepReport:
     epoch: float
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Wall seconds of this rank by part: data, forward_backward, step, save, evaluate, other, total."""
+    forward_s: float = 0.0
+    """Seconds of this rank in forwards, a part of forward_backward that waits for no other rank."""
 
 
 @dataclass

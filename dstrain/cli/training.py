@@ -10,7 +10,10 @@ from typing import Any, TypeVar
 
 from dstrain.base.config import Config, load_config, merge, parse_overrides, read_yaml, validate
 from dstrain.base.errors import ConfigError, DstrainError, PeerError
+from dstrain.base.privacy import make_private
+from dstrain.base.secrets import refuse_redacted
 from dstrain.base.world import World
+from dstrain.health.signals import StopRequest
 
 ResultT = TypeVar("ResultT")
 
@@ -99,15 +102,18 @@ def _run_stage(args: argparse.Namespace) -> int:
 
     world = world_from_environment(local_rank=args.local_rank)
     configure_logs(world)
-    config = _said_once(world, lambda: _stage_config(args))
-    _prepare(config)
-    if args.stage == "pretrain":
-        from dstrain.stages.pretrain import pretrain
+    # In force before the imports of the stage, which take seconds: a request in that time must not just kill the process.
+    with StopRequest(watch_parent=world.size > 1) as stop:
+        config = _said_once(world, lambda: _stage_config(args))
+        _said_once(world, lambda: make_private(config.run_folder))
+        _prepare(config)
+        if args.stage == "pretrain":
+            from dstrain.stages.pretrain import pretrain
 
-        return int(pretrain(config, world))
-    from dstrain.stages.finetune import finetune
+            return int(pretrain(config, world, stop=stop))
+        from dstrain.stages.finetune import finetune
 
-    return int(finetune(config, world))
+        return int(finetune(config, world, stop=stop))
 
 
 def _run_evaluate(args: argparse.Namespace) -> int:
@@ -185,6 +191,7 @@ def load_run_config(folder: Path, overrides: list[str]) -> tuple[str, Any]:
     data = read_yaml(folder / "config.yaml")
     stage = str(data.pop("stage", "pretrain"))
     data = merge(data, parse_overrides(overrides))
+    refuse_redacted(data, source=str(folder / "config.yaml"))
     data["run_folder"] = str(folder)
     return stage, validate(
         PretrainConfig if stage == "pretrain" else FinetuneConfig, data, source=str(folder / "config.yaml")

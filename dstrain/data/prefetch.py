@@ -7,19 +7,21 @@ stop signal can reach a worker (docs/architecture.md). What is made ahead is bou
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
-from dstrain.base.protocols import Loader, StepData
+from dstrain.base.protocols import Interrupted, Loader, StepData
 
 _JOIN_S = 30
+_LOOK_S = 0.5
 
 
 class Prefetcher:
     """Iterates `(step, data)` from `first_step` on, in order. Use as a context manager, so that the threads stop."""
 
     def __init__(
-        self, loader: Loader, *, first_step: int, last_step: int, depth: int, threads: int = 1, limit_bytes: int = 1 << 62
+        self, loader: Loader, *, first_step: int, last_step: int, depth: int, threads: int = 1, limit_bytes: int = 1 << 62,
+        should_leave: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
         """Start making steps [first_step, last_step).
 
@@ -30,9 +32,10 @@ class Prefetcher:
             depth: steps made or being made ahead of the one last handed out; 0 makes each when it is asked for.
             threads: how many make steps; more than `depth` are of no use.
             limit_bytes: no further step is begun while the finished ones hold more than this.
+            should_leave: asked while a step is not there yet: whether to raise `Interrupted` instead of waiting on.
         """
         self._loader, self._next, self._last = loader, first_step, last_step
-        self._depth, self._limit = depth, limit_bytes
+        self._depth, self._limit, self._should_leave = depth, limit_bytes, should_leave
         self._begun = first_step
         self._held = 0
         self._made: dict[int, StepData | BaseException] = {}
@@ -80,7 +83,9 @@ class Prefetcher:
 
     def _take(self, step: int) -> StepData | BaseException:
         with self._changed:
-            self._changed.wait_for(lambda: step in self._made)
+            while not self._changed.wait_for(lambda: step in self._made, timeout=_LOOK_S):
+                if self._should_leave():
+                    raise Interrupted(f"asked to stop while waiting for the data of step {step}")
             item = self._made.pop(step)
             self._next = step + 1
             if not isinstance(item, BaseException):

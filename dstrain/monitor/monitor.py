@@ -182,6 +182,13 @@ class Monitor:
             self._tensorboard.text(state.step, "ledger", text)
 
     @_best_effort
+    def went_back(self, *, step: int, stepped_over: list[int], reason: str) -> None:
+        """Write that the run goes on from an older state; curves continue from there without overlap."""
+        self.event("rolled_back", step=step, stepped_over=stepped_over, reason=reason)
+        if self._active and self._tensorboard is not None:
+            self._tensorboard.go_back(step)
+
+    @_best_effort
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the result of an evaluation after `step` steps, e.g. `{"loss": 3.1, "accuracy": 0.4}`."""
         if not self._active:

@@ -82,6 +82,11 @@ class TensorBoard:
         self._texts = dict(texts or {})
         self._warned = False
 
+    def go_back(self, start_step: int) -> None:
+        """Start a new file from which on TensorBoard drops points after `start_step`."""
+        self.close()
+        self._purge_step = start_step + 1
+
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write one point of each named curve at `step`."""
 

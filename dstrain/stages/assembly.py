@@ -21,6 +21,8 @@ from dstrain.stages.environment import set_threads
 from dstrain.train.engine import Engine, start_processes, stop_processes
 
 AnyConfig = PretrainConfig | FinetuneConfig
+ShouldLeave = Callable[[], bool]
+"""Whether this rank was asked to stop; polled inside long evaluations."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,11 @@ class Assembly:
     prefetch_steps: int
     prefetch_threads: int = 1
     prefetch_bytes: int = 1 << 62
-    evaluate: Callable[[Engine], dict[str, float]] | None = None
-    """Collective; the metrics of the held-out data, the same on every rank."""
+    evaluate: Callable[[Engine, ShouldLeave | None], dict[str, float]] | None = None
+    """Collective; the metrics of the held-out data, the same on every rank; raises Interrupted when it is left early."""
     deciding_metric: str | None = None
     """The metric (larger is better) that chooses the best checkpoint; None keeps only the newest."""
-    finish: Callable[[Engine], None] | None = None
+    finish: Callable[[Engine, ShouldLeave | None], None] | None = None
     """Collective; called once when a complete run has its best weights loaded (predictions)."""
     finished_file: str | None = None
     """What `finish` leaves in the run folder: while it is missing, a run at its last step is not complete."""

@@ -21,7 +21,7 @@ class Measured:
     wall_s: float
     """Wall seconds of the loop."""
     wall_mtok: float
-    """Million tokens the loop delivered; its first steps fill the shuffle windows, so it is slower than steady."""
+    """Million tokens the loop delivered; its first steps fill the shuffle windows, so it is no measure of steady."""
     reread_factor: float
     """Times a block is read while its window lasts: 1 when the windows fit the cache."""
     block_tokens: float
@@ -79,7 +79,6 @@ class Forecast:
     """Stored bytes a node must read, MB/s."""
     wait_share: float
     """Share of the time that GPUs would wait with `threads` threads, 0 to 1; storage alone can cause it."""
-    wait_share_one_thread: float
     gpus_per_core: float
 
 
@@ -95,7 +94,6 @@ def forecast(measured: Measured, need: Need) -> Forecast:
         threads=threads,
         store_mb_s=stored * need.gpus_per_node,
         wait_share=wait_share(min(threads * measured.steady_mtok_s, from_store), need.mtok_s),
-        wait_share_one_thread=wait_share(min(measured.steady_mtok_s, from_store), need.mtok_s),
         gpus_per_core=1 / cores if cores > 0 else float("inf"),
     )
 

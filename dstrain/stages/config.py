@@ -9,6 +9,10 @@ from pydantic import Field, model_validator
 from dstrain.base.config import Config
 from dstrain.checkpoint.writer import CheckpointConfig
 from dstrain.data.config import DataConfig
+from dstrain.health.consistency import ConsistencyConfig
+from dstrain.health.stop_config import StopConfig
+from dstrain.health.stragglers import StragglerConfig
+from dstrain.health.watchdog import WatchdogConfig
 from dstrain.models.config import ModelConfig
 from dstrain.monitor.config import MonitorConfig
 from dstrain.objectives.mlm import MlmConfig
@@ -56,6 +60,14 @@ class RunConfig(Config):
     """DeepSpeed."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving."""
+    stop: StopConfig = StopConfig()
+    """Time limits, grace and budgets."""
+    watchdog: WatchdogConfig = WatchdogConfig()
+    """When a rank counts as hung."""
+    consistency: ConsistencyConfig = ConsistencyConfig()
+    """How often replicated weights are compared."""
+    stragglers: StragglerConfig = StragglerConfig()
+    """When a rank counts as slow."""
     monitor: MonitorConfig = MonitorConfig()
     """Numbers out."""
     deepspeed: RawDeepSpeed = RawDeepSpeed()

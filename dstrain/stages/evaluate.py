@@ -51,5 +51,5 @@ def evaluate(
         with torch.no_grad():
             site.control.together(lambda: checkpoint.load_into(f for f in fragments.held() if f.state == MASTER))
         fragments.refresh()
-        metrics = parts.evaluate(engine)
+        metrics = parts.evaluate(engine, None)
         return {"step": float(checkpoint.manifest.step), **metrics}

@@ -16,10 +16,11 @@ from dstrain.base.storage import write_json
 from dstrain.base.world import World
 from dstrain.data.plan import num_micro_batches
 from dstrain.data.tokenizer import Tokenizer
+from dstrain.health.signals import StopRequest
 from dstrain.models.encoders import SequenceClassifier
 from dstrain.models.huggingface import build_classifier, facts, initialise
 from dstrain.objectives.supervised import ClassificationObjective, RegressionObjective
-from dstrain.stages.assembly import Assembly, Site, seed_weights
+from dstrain.stages.assembly import Assembly, ShouldLeave, Site, seed_weights
 from dstrain.stages.config import FinetuneConfig
 from dstrain.stages.initial import Origin, find_origin, special_tokens
 from dstrain.stages.training import run_training
@@ -36,9 +37,9 @@ METRICS_FILE = "metrics.json"
 _LOG = get_logger(__name__)
 
 
-def finetune(config: FinetuneConfig, world: World) -> ExitCode:
+def finetune(config: FinetuneConfig, world: World, *, stop: StopRequest | None = None) -> ExitCode:
     """Collective. Run (or go on with) a fine-tuning run; leaves metrics.json and predictions/ when complete."""
-    return run_training(config, world, lambda site: assemble(config, site))
+    return run_training(config, world, lambda site: assemble(config, site), stop=stop)
 
 
 def assemble(config: FinetuneConfig, site: Site) -> Assembly:
@@ -130,23 +131,23 @@ class Scoring:
     def _prepare(self, encoded: EncodedExamples) -> list[EvaluationBatch]:
         return evaluation_batches(encoded, world=self._world, micro_batch=self._config.train.micro_batch)
 
-    def outputs(self, engine: Engine, split: str) -> npt.NDArray[np.float32]:
+    def outputs(self, engine: Engine, split: str, should_leave: ShouldLeave | None = None) -> npt.NDArray[np.float32]:
         """Collective. (N, C) outputs of a split, in the order of its examples, on every rank."""
         batches = self._batches[split]
-        logits = engine.predict([b.batch for b in batches])
+        logits = engine.predict([b.batch for b in batches], should_leave=should_leave)
         mine = [(b.indices.tolist(), x.tolist()) for b, x in zip(batches, logits)]
         parts = [(np.asarray(i), np.asarray(o)) for rank in engine.control.gather_json(mine) for i, o in rank]
         return assemble_outputs(parts, num_examples=len(self._splits[split]))
 
-    def validation_metrics(self, engine: Engine) -> dict[str, float]:
+    def validation_metrics(self, engine: Engine, should_leave: ShouldLeave | None = None) -> dict[str, float]:
         """Collective. Metrics of the validation split."""
-        return score(self.outputs(engine, "validation"), self._task.validation, labels=self._task.labels)
+        return score(self.outputs(engine, "validation", should_leave), self._task.validation, labels=self._task.labels)
 
-    def finish(self, engine: Engine) -> None:
+    def finish(self, engine: Engine, should_leave: ShouldLeave | None = None) -> None:
         """Collective. Score and predict every split with the best weights; write predictions/ and metrics.json last."""
         results: dict[str, Any] = {"metric": self._config.task.chosen_metric}
         for name, examples in self._splits.items():
-            outputs = self.outputs(engine, name)
+            outputs = self.outputs(engine, name, should_leave)
             results[name] = self._scored(outputs, examples)
             if self._world.is_first:
                 path = self._config.run_folder / "predictions" / f"{name}.jsonl"

@@ -11,10 +11,11 @@ from dstrain.base.protocols import MicroBatch
 from dstrain.base.world import World
 from dstrain.data.evaluation import evaluation_batches
 from dstrain.data.tokenizer import Tokenizer
+from dstrain.health.signals import StopRequest
 from dstrain.models.encoders import MaskedLanguageModel
 from dstrain.models.huggingface import build_masked_lm, facts, initialise
 from dstrain.objectives.mlm import MlmObjective
-from dstrain.stages.assembly import Assembly, Site, seed_weights
+from dstrain.stages.assembly import Assembly, ShouldLeave, Site, seed_weights
 from dstrain.stages.config import PretrainConfig
 from dstrain.stages.initial import find_origin, special_tokens
 from dstrain.stages.training import run_training
@@ -33,9 +34,9 @@ from dstrain.train.engine import Engine
 _UNIGRAM_SAMPLE_TOKENS = 4_000_000
 
 
-def pretrain(config: PretrainConfig, world: World) -> ExitCode:
-    """Collective. Run (or go on with) a pretraining run."""
-    return run_training(config, world, lambda site: assemble(config, site))
+def pretrain(config: PretrainConfig, world: World, *, stop: StopRequest | None = None) -> ExitCode:
+    """Collective. Run (or go on with) a pretraining run; see `training.run_training`."""
+    return run_training(config, world, lambda site: assemble(config, site), stop=stop)
 
 
 def assemble(config: PretrainConfig, site: Site) -> Assembly:
@@ -121,9 +122,9 @@ class Evaluation:
             )  # fmt: skip
         self._unigram = most_frequent_token(data)
 
-    def __call__(self, engine: Engine) -> dict[str, float]:
+    def __call__(self, engine: Engine, should_leave: ShouldLeave | None = None) -> dict[str, float]:
         """Collective. loss, accuracy, and the accuracy of always guessing the commonest training token."""
-        scores = {name: engine.evaluate(batches) for name, batches in self._batches.items()}
+        scores = {name: engine.evaluate(batches, should_leave=should_leave) for name, batches in self._batches.items()}
         hits = sum(int((b.labels == self._unigram).sum()) for batches in self._batches.values() for b in batches)
         targets = sum(count for _, _, count in scores.values())
         metrics = {

@@ -82,8 +82,6 @@ class ReplayedStep:
     """The step's ledger as the run wrote it; None where it did not, or where one rank's share is shown."""
     documents: tuple[ReplayedDocument, ...]
     """The first of them, in slot order."""
-    trained: bool
-    """Whether the run got as far as this step."""
 
 
 def replay_step(
@@ -99,12 +97,17 @@ def replay_step(
         max_documents: documents to render; counts and ledger always cover all.
 
     Raises:
-        ConfigError: there is no such step or rank.
+        ConfigError: there is no such step or rank, or the run has left no trace of the step.
         DstrainError: the data cannot be rebuilt as the checkpoint pins it.
     """
     if not 0 <= rank < world:
         raise ConfigError(f"--rank: {rank} is not one of the {world} ranks of --world; ranks count from 0")
     record = read_record(config.run_folder)
+    if step > record.last_step:
+        raise ConfigError(
+            f"--step: {config.run_folder} has trained {record.last_step} steps as far as its events and checkpoints say; "
+            f"nothing was trained on in step {step} yet"
+        )
     data = open_training_data(config, World())
     restore_loader(data.loader, record)
     if step <= data.loader.origin:
@@ -119,7 +122,7 @@ def replay_step(
     return ReplayedStep(
         step=step, rank=rank, world=world, rows=replayed.rows, empty_slots=last - first - replayed.rows,
         num_documents=replayed.num_documents, counts=replayed.counts, ledger=replayed.ledger,
-        written=written if world == 1 else None, documents=tuple(replayed.documents), trained=step <= record.last_step,
+        written=written if world == 1 else None, documents=tuple(replayed.documents),
     )  # fmt: skip
 
 

@@ -1,14 +1,16 @@
-"""One training run: find a checkpoint, build the engine, restore, loop, save, finish. The same for every stage.
+"""One training run: find a checkpoint, build the engine, restore, loop, go back when asked to, finish. The same for every stage.
 
 Checkpoints are looked for and verified by rank 0 and opened by all; every local fault is agreed before the next collective,
-so that no rank waits for one that has left.
+so that no rank waits for one that has left. Saving is `saving`, what ranks compare is `cross_checks`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,97 +18,130 @@ from torch import nn
 
 from dstrain.base.config import dump_yaml, to_plain
 from dstrain.base.device import device_name
-from dstrain.base.errors import (
-    CheckpointError,
-    ConfigError,
-    ExitCode,
-    NoProgressError,
-    NothingToResumeError,
-    StorageError,
-)
+from dstrain.base.errors import CheckpointError, ConfigError, ExitCode, NothingToResumeError, StorageError
 from dstrain.base.logs import get_logger
-from dstrain.base.protocols import RunState, StepFlags
+from dstrain.base.protocols import Interrupted, RunState, StepFlags
+from dstrain.base.secrets import redacted
 from dstrain.base.storage import make_directory, write_json, write_text
 from dstrain.checkpoint.fragments import EngineState
-from dstrain.checkpoint.layout import checkpoints_folder, published_steps, step_folder
+from dstrain.checkpoint.layout import published_steps, step_folder
 from dstrain.checkpoint.manifest import STATES, model_fingerprint
-from dstrain.checkpoint.reader import Checkpoint, newest_valid
-from dstrain.checkpoint.writer import CheckpointWriter
+from dstrain.checkpoint.reader import Checkpoint
 from dstrain.data.prefetch import Prefetcher
-from dstrain.health.guards import Guards
-from dstrain.health.lease import RunLease
-from dstrain.health.signals import StopRequest
+from dstrain.health.guards import Guards, Verdict
 from dstrain.models.huggingface import architecture_of, facts
 from dstrain.monitor.flops import ModelShape
 from dstrain.monitor.monitor import Monitor
 from dstrain.optim.schedule import learning_rate_factor
-from dstrain.stages.assembly import AnyConfig, Assembly, Site
+from dstrain.stages.assembly import AnyConfig, Assembly, ShouldLeave, Site
+from dstrain.stages.cross_checks import CrossChecks
 from dstrain.stages.environment import describe_environment, package_versions
+from dstrain.stages.oversight import Oversight
+from dstrain.stages.roll_back import Window, go_back, read_windows, windows_missing
+from dstrain.stages.saving import Contents, Saving
 from dstrain.train.engine import PARAMETER_PREFIX, Engine
 from dstrain.train.loop import Boundary, Ending, train
 
 _LOG = get_logger(__name__)
+_ROWS_TOLD = 256  # of a faulty step, in its event: enough to look at, small enough for a line
 
 
 class Run:
     """One run's engine, state and checkpoints."""
 
-    def __init__(self, config: AnyConfig, site: Site, parts: Assembly, lease: RunLease) -> None:
-        self.config, self.site, self.parts, self.lease = config, site, parts, lease
+    def __init__(self, config: AnyConfig, site: Site, parts: Assembly, guard: Oversight) -> None:
+        self.config, self.site, self.parts, self.guard = config, site, parts, guard
         self.state = RunState()
-        self.writer = CheckpointWriter(
-            checkpoints_folder(config.run_folder), config=config.checkpoint, control=site.control
+        self.saving = Saving(
+            config.checkpoint, run_folder=config.run_folder, control=site.control, lease=guard.lease, stop=guard.stop
         )
-        self.config_yaml = dump_yaml({"stage": parts.stage, **to_plain(config)})
+        self.config_yaml = dump_yaml(redacted({"stage": parts.stage, **to_plain(config)}))
+        self.guards = Guards(config.train.guards, loss_scaling=site.precision == "fp16", phase_of=parts.loader.phase_of)
         self.resumed_from: Checkpoint | None = None
         self._new_data: str | None = None
 
-    def execute(self, stop: StopRequest) -> ExitCode:
+    def execute(self) -> ExitCode:
         """Collective. Resume, train, finish."""
+        self.guard.enter("restore", 0)
         self._find_checkpoint()
         if self.resumed_from is not None and self.resumed_from.manifest.step >= self.parts.max_steps:
             marker = self.parts.finished_file
             finished = self.site.control.all_true(marker is None or (self.config.run_folder / marker).is_file())
             if self.parts.finish is None or finished:
                 return self._already_complete(self.resumed_from)
+        if self._is_asked_to_leave():
+            return self._left_at_once()
         self._describe()
+        self.guard.enter("start_up", 0)
         self._build_engine()
+        self.guard.enter("restore", 0)
         started = time.perf_counter()
         self._restore()
         self._open_monitor(time.perf_counter() - started)
+        if self._is_asked_to_leave():
+            return self._left_at_once()
         if self.state.step == 0:
-            self._evaluate(0)
-        ending = self._loop(stop)
-        if ending is Ending.ROLL_BACK:
-            raise NoProgressError(f"step {self.state.step}: {self.guards.verdict.reason}")
+            with contextlib.suppress(Interrupted):
+                self._evaluate(0)
+        while (ending := self._loop()) is Ending.ROLL_BACK:
+            self._roll_back()
+        return self._end(ending)
+
+    def close(self) -> None:
+        """Local. Leave nothing behind of a save that was in flight when the run ended in a fault."""
+        self.saving.writer.close()
+
+    def _end(self, ending: Ending) -> ExitCode:
+        """Collective. What the loop's end means."""
+        self._require_saved(ending)
         if ending is Ending.STOPPED:
-            self._require_saved()
-            self._say(
-                f"stopped ({stop.reason or 'asked on another rank'}) and saved at step {self.state.step}; the same command goes on"
-            )
-            return ExitCode.SAVED_REQUEUE
+            return self._stopped()
         if self.parts.finish is not None:
-            self._finish(self.parts.finish)
+            self.guard.enter("finish", self.state.step)
+            try:
+                self._finish(self.parts.finish)
+            except Interrupted:
+                return self._stopped()
         return ExitCode.COMPLETE
 
-    def _require_saved(self) -> None:
-        """Collective. A stop may only be called saved when the checkpoint of its step is there."""
-        if not self.site.control.from_first(step_folder(self.writer.folder, self.state.step).is_dir()):
+    def _stopped(self) -> ExitCode:
+        """Collective. Saved on request: whether to be started again by itself is agreed."""
+        requeue = self.site.control.all_true(self.guard.stop.requeue)
+        reason = self.guard.stop.reason or "asked on another rank"
+        self._say(f"stopped ({reason}) and saved at step {self.state.step}; the same command goes on")
+        return ExitCode.SAVED_REQUEUE if requeue else ExitCode.SAVED_END
+
+    def _is_asked_to_leave(self) -> bool:
+        """Collective. Whether any rank was asked to stop before the first step."""
+        return not self.site.control.all_true(self.guard.stop.reason is None)
+
+    def _left_at_once(self) -> ExitCode:
+        """Collective. Asked to stop before a step was taken: what is on disk is all there is to save."""
+        requeue = self.site.control.all_true(self.guard.stop.requeue)
+        self._say(
+            f"stopped ({self.guard.stop.reason or 'asked on another rank'}) before the first step; nothing new to save"
+        )
+        return ExitCode.SAVED_REQUEUE if requeue else ExitCode.SAVED_END
+
+    def _require_saved(self, ending: Ending) -> None:
+        """Collective. A run may only be called saved when the checkpoint of its last step is there."""
+        if not self.saving.is_saved(self.state.step):
+            what = "stopped at" if ending is Ending.STOPPED else "reached"
             raise StorageError(
-                f"stopped at step {self.state.step}, which could not be saved (see the errors above): make room or mend the "
+                f"{what} step {self.state.step}, which could not be saved (see the errors above): make room or mend the "
                 "disk, then start again; the run goes on from the checkpoint before"
             )
 
     def _find_checkpoint(self) -> None:
         """Rank 0 scans and verifies; the others open what it found."""
-        control, folder, resume = self.site.control, self.writer.folder, self.config.train.resume
+        control, folder, resume = self.site.control, self.saving.writer.folder, self.config.train.resume
 
         def scan() -> int:
             if not self.site.world.is_first:
                 return -1
             make_directory(folder)
-            self.writer.remove_leftovers()
-            found = newest_valid(folder)
+            self.saving.writer.remove_leftovers()
+            found = self.saving.newest_valid()
             for path, reason in found.damaged:
                 _LOG.warning("skipping a damaged checkpoint, kept for inspection: %s (%s)", path.name, reason)
             if found.checkpoint is None and resume == "require":
@@ -122,7 +157,10 @@ class Run:
                 raise ConfigError(
                     f"run_folder: {self.config.run_folder} already has checkpoints and train.resume is never; choose another folder"
                 )
-            return -1 if found.checkpoint is None else found.checkpoint.manifest.step
+            if found.checkpoint is None:
+                return -1
+            self.saving.writer.retention.note_verified(found.checkpoint.manifest.step)
+            return found.checkpoint.manifest.step
 
         step = int(control.from_first(control.together(scan)))
         if step >= 0:
@@ -141,6 +179,7 @@ class Run:
         self._new_data = self.parts.loader.restore(
             manifest.loader, step=manifest.step, accept_new_data=self.config.train.accept_new_data
         )
+        self._step_over(windows_missing(read_windows(self.config.run_folder), step=manifest.step))
 
     def _checkpoint(self) -> Checkpoint:
         if self.resumed_from is None:
@@ -176,7 +215,7 @@ class Run:
         write_text(folder / "config.yaml", self.config_yaml)
         write_json(
             folder / "environment.json",
-            describe_environment(world, device=self.site.device, precision=self.site.precision),
+            redacted(describe_environment(world, device=self.site.device, precision=self.site.precision)),
         )
 
     def _build_engine(self) -> None:
@@ -200,8 +239,9 @@ class Run:
         """Collective. Fill the engine and the counters from the checkpoint, if there is one."""
         if self.resumed_from is not None:
             self._load(self.resumed_from)
-            known = {f.name for f in dataclasses.fields(RunState)}
-            self.state = RunState(**{k: v for k, v in self.resumed_from.manifest.state.items() if k in known})
+            self.state = _state_of(self.resumed_from)
+            self.guards.load_state_dict(self.resumed_from.manifest.health.get("guards", {}))
+            self.saving.last_saved_step = self.state.step
             self._say(
                 f"resumed from step {self.state.step}, written by {self.resumed_from.manifest.world_size} ranks at "
                 f"ZeRO-{self.resumed_from.manifest.zero_stage}; {self.state.rows} rows and {self.state.tokens} tokens done"
@@ -231,6 +271,7 @@ class Run:
             num_devices=self.site.world.size,
             mean_context=self.parts.mean_context,
             config_text=self.config_yaml,
+            goodput=self.guard.goodput,
         )
         if self.resumed_from is not None:
             self.monitor.event(
@@ -239,21 +280,38 @@ class Run:
             if self._new_data:
                 self.monitor.event("new_data", step=self.state.step, difference=self._new_data)
                 self._say(f"from step {self.state.step} on with other data, as asked: {self._new_data}")
+        self._connect()
 
-    def _loop(self, stop: StopRequest) -> Ending:
+    def _connect(self) -> None:
+        """Join the engine, the checkpoints and what ranks compare, once all are there."""
+        world = self.site.world
+        contents = Contents(
+            fragments=lambda: self.fragments.owned(rank=world.rank, world_size=world.size),
+            manifest=self._manifest, config_yaml=self.config_yaml, tokenizer=self.parts.tokenizer_folder,
+        )  # fmt: skip
+        self.saving.open(contents, state=lambda: self.state, monitor=self.monitor, past=self.guard.past())
+        self.checks = CrossChecks(
+            self.config, self.site.control, weights=self.engine.weights, monitor=self.monitor,
+            hosts=self.site.control.gather_json(socket.gethostname()),
+        )  # fmt: skip
+        if self.checks.replicas.not_applicable and world.size > 1:
+            self._say(f"weights are not compared between ranks: {self.checks.replicas.not_applicable}")
+
+    def _loop(self) -> Ending:
         config, parts = self.config, self.parts
         peak = config.optimizer.learning_rate
-        self.guards = Guards(config.train.guards, loss_scaling=self.site.precision == "fp16")
         boundary = Boundary(
             evaluate=self._evaluate if parts.evaluate is not None else None,
-            save=self._save,
+            save=self.saving.start,
+            settle=self.saving.settle,
             evaluate_every=config.train.evaluate_every,
-            save_every=config.checkpoint.every_steps,
+            save_every=self.saving.every_steps,
             last_saved=self.state.step if self.resumed_from is not None else -1,
+            progress=self.guard,
         )
         with Prefetcher(
             parts.loader, first_step=self.state.step, last_step=parts.max_steps, depth=parts.prefetch_steps,
-            threads=parts.prefetch_threads, limit_bytes=parts.prefetch_bytes,
+            threads=parts.prefetch_threads, limit_bytes=parts.prefetch_bytes, should_leave=self._should_leave,
         ) as steps:  # fmt: skip
             return train(
                 engine=self.engine,
@@ -263,13 +321,68 @@ class Run:
                 learning_rate=lambda step: (
                     peak * learning_rate_factor(config.schedule, step=step, max_steps=parts.max_steps)
                 ),
-                observers=[self.monitor],
+                observers=[self.checks, self.saving, self.guard, self.monitor],
                 boundary=boundary,
-                flags=lambda: StepFlags(stop=stop.reason is not None),
+                flags=self._flags,
                 guards=self.guards,
-                on_fault=lambda verdict: self.monitor.event("guard", step=verdict.step + 1, **verdict.to_json()),
+                on_fault=self._note_fault,
                 on_damage=self._close_blocks,
             )
+
+    def _flags(self) -> StepFlags:
+        """What this rank asks of the next step."""
+        self.saving.tell()
+        stop = self.guard.stop
+        return StepFlags(
+            stop=stop.reason is not None, hurry=stop.hurry, save_wanted=self.saving.is_wanted(self.state.step),
+            save_failed=self.saving.failed(),
+        )  # fmt: skip
+
+    def _should_leave(self) -> bool:
+        return self.guard.stop.reason is not None
+
+    def _note_fault(self, verdict: Verdict) -> None:
+        """Every rank alike: a step that was not sound, with the rows it was made of."""
+        rows = self.parts.loader.rows_of(verdict.step)[:_ROWS_TOLD] if self.site.world.is_first else ()
+        self.monitor.event("guard", step=verdict.step + 1, rows=[list(row) for row in rows], **verdict.to_json())
+        self._say(f"step {verdict.step + 1}: {verdict.reason}: {verdict.action.replace('_', ' ')}")
+
+    def _roll_back(self) -> None:
+        """Collective. Load a state from before the trouble, step over the data around it, and judge on from there."""
+        verdict, control, world = self.guards.verdict, self.site.control, self.site.world
+        wanted = verdict.roll_back
+        assert wanted is not None, "only a verdict with a way back ends the loop so"
+        self.guard.enter("restore", self.state.step)
+        folder = self.saving.writer.folder
+
+        def choose() -> dict[str, Any]:
+            if not world.is_first:
+                return {}
+            return dataclasses.asdict(
+                go_back(self.config.run_folder, self.saving.writer, wanted, reason=verdict.reason)
+            )
+
+        window = Window(**control.from_first(control.together(choose)))
+        checkpoint = control.together(lambda: Checkpoint(step_folder(folder, window.step)))
+        spent = self.state.compute_seconds
+        self._load(checkpoint)
+        # In place: the loop's observers and the saves hold on to the counters.
+        for name, value in dataclasses.asdict(_state_of(checkpoint)).items():
+            setattr(self.state, name, value)
+        self.state.compute_seconds = spent
+        control.together(lambda: self.parts.loader.restore(checkpoint.manifest.loader, step=window.step))
+        self._step_over(windows_missing(read_windows(self.config.run_folder), step=window.step))
+        self.guards.rolled_back(checkpoint.manifest.health.get("guards", {}))
+        self.resumed_from = checkpoint
+        self.saving.last_saved_step = window.step
+        self.monitor.went_back(step=window.step, stepped_over=[window.first, window.last], reason=window.reason)
+        self._say(
+            f"went back to step {window.step} ({window.reason}); the data of steps {window.first} to {window.last - 1} is stepped over"
+        )
+
+    def _step_over(self, windows: Sequence[Window]) -> None:
+        for window in windows:
+            self.parts.loader.skip_window(window.first, window.last, from_step=window.step)
 
     def _close_blocks(self, step: int, blocks: tuple[tuple[str, int], ...]) -> None:
         """Every rank alike: do without damaged blocks from the first step that no rank can have prepared yet."""
@@ -277,12 +390,16 @@ class Run:
             self.monitor.event("damaged_block", step=step, source=source, block=block, from_step=since)
             self._say(f"block {block} of source {source!r} is damaged: the run goes on without it from step {since}")
 
+    def _leave_evaluation(self) -> bool:
+        self.guard.enter("evaluate", self.state.step)  # a sign of progress, for the watchdog
+        return self._should_leave()
+
     def _evaluate(self, step: int) -> bool:
         """Collective. Score the held-out data; True when it is the best so far."""
         if self.parts.evaluate is None:
             return False
         started = time.perf_counter()
-        metrics = self.parts.evaluate(self.engine)
+        metrics = self.parts.evaluate(self.engine, self._leave_evaluation)
         self.monitor.evaluated(step, {**metrics, "seconds": time.perf_counter() - started})
         deciding = self.parts.deciding_metric
         best = self.state.best_metric
@@ -290,28 +407,6 @@ class Run:
             return False
         self.state.best_metric, self.state.best_step = metrics[deciding], step
         return True
-
-    def _save(self, step: int) -> None:
-        """Collective. Save; a failed save is an event, and an error only when nothing comes after it."""
-        started = time.perf_counter()
-        protect = frozenset({self.state.best_step} if self.state.best_step is not None else ())
-        try:
-            self.site.control.together(self.lease.check if self.site.world.is_first else lambda: None)
-            owned = self.fragments.owned(rank=self.site.world.rank, world_size=self.site.world.size)
-            folder = self.writer.save(
-                owned,
-                self._manifest(step),
-                config_yaml=self.config_yaml,
-                tokenizer=self.parts.tokenizer_folder,
-                protect=protect,
-            )
-        except CheckpointError as error:
-            self.monitor.event("save_failed", step=step, error=str(error))
-            if step >= self.parts.max_steps:
-                raise StorageError(str(error)) from error
-            _LOG.error("%s; training goes on, the next save will try again", error)
-            return
-        self.monitor.saved(self.state, seconds=time.perf_counter() - started, folder=folder.name)
 
     def _manifest(self, step: int) -> dict[str, Any]:
         shapes = self.fragments.shapes
@@ -329,22 +424,28 @@ class Run:
             "loader": self.parts.loader.state_dict(),
             "optimizer": {"step": self.fragments.optimizer_step(), "loss_scale": self.fragments.loss_scale()},
             "extra": dict(self.parts.extra),
+            "health": {"guards": self.guards.state_dict()},
             "environment": package_versions(),
             "states": STATES,
         }
 
-    def _finish(self, finish: Callable[[Engine], None]) -> None:
+    def _finish(self, finish: Callable[[Engine, ShouldLeave], None]) -> None:
         """Collective. Load the best checkpoint and let the stage use it."""
         best = self.state.best_step
         if best is not None and best != self.state.step:
-            path = next((p for s, p in published_steps(self.writer.folder) if s == best), None)
+            path = next((p for s, p in published_steps(self.saving.writer.folder) if s == best), None)
             if path is not None:
                 self._load(self.site.control.together(lambda: Checkpoint(path)))
-        finish(self.engine)
+        finish(self.engine, self._leave_evaluation)
 
     def _say(self, text: str) -> None:
         if self.site.world.is_first:
             _LOG.info("%s", text)
+
+
+def _state_of(checkpoint: Checkpoint) -> RunState:
+    known = {f.name for f in dataclasses.fields(RunState)}
+    return RunState(**{k: v for k, v in checkpoint.manifest.state.items() if k in known})
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

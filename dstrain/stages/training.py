@@ -1,47 +1,91 @@
-"""From start-up to exit code: stop requests, processes, lease, the run, and what is left behind when it ends."""
+"""From start-up to exit code: watchdog, processes, lease, the run, and what is left behind when it ends."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from dstrain.base.errors import DstrainError, ExitCode
+from dstrain.base.errors import ExitCode
 from dstrain.base.world import World
 from dstrain.health.lease import RunLease
-from dstrain.health.outcomes import write_exit
+from dstrain.health.outcomes import Ending, clear_exits, ending_of, write_exit
 from dstrain.health.signals import StopRequest
+from dstrain.health.watchdog import Watchdog
+from dstrain.monitor.goodput import Outcome
+from dstrain.monitor.goodput_meter import GoodputMeter
 from dstrain.stages.assembly import AnyConfig, Assembly, Site, open_site
+from dstrain.stages.cross_checks import agree_on_start
+from dstrain.stages.oversight import Oversight, limits_watched
 from dstrain.stages.run import Run
 
 
-def run_training(config: AnyConfig, world: World, assemble: Callable[[Site], Assembly]) -> ExitCode:
+def run_training(
+    config: AnyConfig, world: World, assemble: Callable[[Site], Assembly], *, stop: StopRequest | None = None
+) -> ExitCode:
     """Collective. Train until complete or asked to stop.
 
     Args:
         config: of the run.
         world: this process's place.
         assemble: builds the stage's parts; local to each rank, its faults are agreed.
+        stop: in force already, since before the slow imports; None puts one in force for this call.
 
     Returns:
-        COMPLETE, or SAVED_REQUEUE after a stop request.
+        COMPLETE, or after a stop request SAVED_REQUEUE or SAVED_END.
 
     Raises:
         DstrainError: a user's fault, the same exit code on every rank.
     """
     with ExitStack() as stack:
-        stop = stack.enter_context(StopRequest(watch_parent=world.size > 1))
+        if stop is None:
+            stop = stack.enter_context(StopRequest(watch_parent=world.size > 1))
+        watchdog = stack.enter_context(Watchdog(config.watchdog, world, config.run_folder))
+        oversight = Oversight(
+            stop, RunLease(config.run_folder), watchdog.heartbeat,
+            GoodputMeter(config.run_folder, active=world.is_first), config.stop, config.run_folder,
+        )  # fmt: skip
+        oversight.enter("rendezvous", 0)
         site = stack.enter_context(open_site(config, world))
-        lease = RunLease(config.run_folder)
-        site.control.together(lambda: stack.enter_context(lease) if world.is_first else None)
-        run: Run | None = None
-        code, cause = ExitCode.DEFECT, "unexpected error"
-        try:
-            run = Run(config, site, site.control.together(lambda: assemble(site)), lease)
-            code = run.execute(stop)
-            cause = stop.reason or "complete"
-            return code
-        except DstrainError as error:
-            code, cause = ExitCode(error.exit_code), str(error)
-            raise
-        finally:
-            write_exit(config.run_folder, world, code=code, cause=cause, step=run.state.step if run else None)
+        oversight.enter("start_up", 0)
+        site.control.together(lambda: _take(stack, oversight, config, world))
+        return _run(config, site, assemble, oversight)
+
+
+def _take(stack: ExitStack, oversight: Oversight, config: AnyConfig, world: World) -> None:
+    """Rank 0 takes the run folder for this job."""
+    if world.is_first:
+        stack.enter_context(oversight.lease)
+        clear_exits(config.run_folder)
+        oversight.goodput.start()
+        stack.enter_context(limits_watched(oversight, config, world))
+
+
+def _run(config: AnyConfig, site: Site, assemble: Callable[[Site], Assembly], oversight: Oversight) -> ExitCode:
+    run: Run | None = None
+    ending = Ending(ExitCode.DEFECT, "defect", "unexpected error")
+    try:
+        parts = site.control.together(lambda: assemble(site))
+        agree_on_start(site.control, config, parts.loader.state_dict())
+        run = Run(config, site, parts, oversight)
+        code = run.execute()
+        asked = code is not ExitCode.COMPLETE
+        ending = Ending(code, "request" if asked else "complete", oversight.stop.reason or code.name.lower())
+        return code
+    except BaseException as error:
+        ending = ending_of(error)
+        raise
+    finally:
+        if run is not None:
+            run.close()
+        oversight.goodput.end(_outcome(ending))
+        write_exit(
+            config.run_folder, site.world, code=ending.code, cause=ending.cause, kind=ending.kind,
+            step=run.state.step if run else None, signal=oversight.stop.signal, phase=oversight.phase,
+            last_saved_step=run.saving.last_saved_step if run else None, attempt=oversight.lease.epoch,
+        )  # fmt: skip
+
+
+def _outcome(ending: Ending) -> Outcome:
+    if ending.code is ExitCode.COMPLETE:
+        return "complete"
+    return "saved" if ending.code in (ExitCode.SAVED_REQUEUE, ExitCode.SAVED_END) else "failed"

@@ -104,6 +104,11 @@ def load_tokenizer(config: DataConfig) -> Tokenizer:
         raise DataError(
             f"{key}: {path}: no such folder; build it with `dstrain shards build --input ... --tokenizer ... --out {path}`"
         )
+    if not (location / "tokenizer").is_dir():
+        raise DataError(
+            f"{key}: {path}: not a shards folder: tokenizer/ is missing in it. Give the folder that `dstrain shards build`, "
+            "`index` or `convert` wrote"
+        )
     return Tokenizer.load(location / "tokenizer")
 
 

@@ -35,6 +35,7 @@ from dstrain.train.ds_config import EngineConfig, deepspeed_config, warnings_for
 from dstrain.train.memory import memory_faults_named
 from dstrain.train.op_cache import clear_stale_locks
 from dstrain.train.step_gate import Judge, StepGate
+from dstrain.train.stopwatch import Stopwatch
 
 _LOG = get_logger(__name__)
 
@@ -78,6 +79,8 @@ class StepTotals:
     """What any rank asked for before this step; the same on every rank."""
     damaged: tuple[tuple[str, int], ...]
     """(source, block) of blocks that some rank did without in this step; the same on every rank."""
+    forward_s: float
+    """In forwards: this rank's own work, while the rest of a step also waits for other ranks."""
     forward_backward_s: float
     step_s: float
 
@@ -180,6 +183,10 @@ class Engine:
         module: nn.Module = self.engine.module.model
         return module
 
+    def weights(self) -> list[Tensor]:
+        """The parameters that training computes with, in the model's order."""
+        return [p.detach() for p in self.engine.module.parameters()]
+
     def train_step(
         self, data: AnyData, *, step: int, learning_rate: float, flags: StepFlags = NO_FLAGS, judge: Judge | None = None
     ) -> StepTotals:  # fmt: skip
@@ -205,7 +212,7 @@ class Engine:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         with memory_faults_named(micro_batch=self._micro_batch, device=self.device, step=step):
-            loss, accuracy = self._forward_backward(data, counts, step=step)
+            loss, accuracy, forward_s = self._forward_backward(data, counts, step=step)
             backward_done = time.perf_counter()
             self._gate.prepare(judge, loss=loss)
             self._loss_scale = self._stage_0_scale()
@@ -225,12 +232,17 @@ class Engine:
             epoch=data.epoch,
             flags=counts.flags,
             damaged=counts.damaged,
+            forward_s=forward_s,
             forward_backward_s=backward_done - started,
             step_s=time.perf_counter() - backward_done,
         )
 
-    def _forward_backward(self, data: StepData, counts: Agreed, *, step: int) -> tuple[float, float]:
-        """Collective. Gradients of a step, and its loss and accuracy over all ranks; nothing is updated yet."""
+    def _forward_backward(self, data: StepData, counts: Agreed, *, step: int) -> tuple[float, float, float]:
+        """Collective. Gradients of a step, its loss and accuracy over all ranks, and this rank's seconds in forwards.
+
+        Nothing is updated yet.
+        """
+        stopwatch = Stopwatch(self.device)
         scale = self.control.world.size / max(1, counts.num_targets)
         loss = torch.zeros((), dtype=torch.float32, device=self.device)
         correct = torch.zeros((), dtype=torch.float32, device=self.device)
@@ -238,16 +250,18 @@ class Engine:
             if number:
                 self.engine.step()  # closes the micro-batch before; only the last one's step updates anything
             torch.manual_seed(derive(self.seed, "dropout", step, self.control.world.rank, number) >> 1)
-            loss_sum, hits = self.engine(batch.to(self.device))
+            on_device = batch.to(self.device)
+            with stopwatch:
+                loss_sum, hits = self.engine(on_device)
             self.engine.backward(loss_sum * scale, scale_wrt_gas=False)
             loss += loss_sum.detach()
             correct += hits
         totals = torch.stack([loss, correct])
         if self.control.world.size > 1:
             distributed.all_reduce(totals)
-        loss_total, correct_total = totals.tolist()
+        loss_total, correct_total = totals.tolist()  # waits for the device, so the stopwatch need not
         targets = max(1, counts.num_targets)
-        return loss_total / targets, correct_total / targets
+        return loss_total / targets, correct_total / targets, stopwatch.seconds()
 
     def _gradient_norm(self) -> float:
         """Global, before clipping; 0 where DeepSpeed does not compute it. Known from DeepSpeed's step on."""

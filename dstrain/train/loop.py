@@ -243,4 +243,5 @@ def _report(step: int, totals: StepTotals, rate: float, seconds: Mapping[str, fl
         ledger=totals.ledger,
         epoch=totals.epoch,
         seconds=seconds,
+        forward_s=totals.forward_s,
     )
