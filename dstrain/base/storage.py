@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from pathlib import Path
 from typing import Any
@@ -245,7 +246,10 @@ def read_json(path: Path, *, limit_bytes: int = 256 << 20) -> Any:
         DataError: the file is missing, larger than `limit_bytes`, or not JSON.
     """
     try:
-        if path.stat().st_size > limit_bytes:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
+            raise DataError(f"{path}: not readable as JSON: it is not a file")
+        if found.st_size > limit_bytes:
             raise DataError(f"{path}: larger than {limit_bytes} bytes, refused as JSON")
         return json.loads(path.read_bytes())
     except FileNotFoundError:

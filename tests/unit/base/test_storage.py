@@ -235,6 +235,12 @@ def test_a_missing_file_and_a_folder_are_data_faults(tmp_path):
         storage.read_json(tmp_path)
 
 
+def test_a_pipe_in_the_place_of_json_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "x.json")
+    with pytest.raises(DataError, match="it is not a file"):
+        storage.read_json(tmp_path / "x.json")
+
+
 # --- large files ---------------------------------------------------------------------------------------------------
 
 
