@@ -160,7 +160,12 @@ class RemoteFolder:
             if reply.status != 206:
                 if reply.status == 200 and offset == 0 and reply.content_length == length:
                     return await _body(reply, length)
-                raise _HttpStatusError(reply.status)
+                if reply.status == 200 and reply.headers.get("Accept-Ranges", "").lower() != "bytes":
+                    raise DataError(
+                        f"{self.url}: the server does not answer byte ranges: it sends the whole file for a part of it. "
+                        "Serve the shards by one that does (nginx, Apache, any object store), or copy them to a local folder"
+                    )
+                raise _HttpStatusError(reply.status)  # one that offers ranges lost the question: worth another try
             found = _CONTENT_RANGE.fullmatch(reply.headers.get("Content-Range", ""))
             if found is None or (int(found[1]), int(found[2])) != (offset, offset + length - 1):
                 raise TransientRemoteError(
@@ -182,7 +187,7 @@ class RemoteFolder:
 
 class _HttpStatusError(Exception):
     def __init__(self, status: int) -> None:
-        hint = ": the server does not answer ranges" if status == 200 else ""
+        hint = ": the whole file came instead of a range" if status == 200 else ""
         super().__init__(f"HTTP status {status}{hint}")
         self.status = status
 

@@ -158,7 +158,7 @@ def _print_replay(found: ReplayedStep, *, colours: bool) -> None:
         return f"\033[{_COLOURS[kind]}m{text}\033[0m" if colours and kind in _COLOURS else text
 
     share = "all ranks" if found.world == 1 else f"rank {found.rank} of {found.world}"
-    print(f"step {found.step}, {share}{'' if found.trained else ' (not trained yet)'}")
+    print(f"step {found.step}, {share}")
     for document in found.documents:
         head = (
             f"slot {document.slot}  {document.source} epoch {document.epoch} [block {document.block}, row {document.row}]  "

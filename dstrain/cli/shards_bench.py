@@ -19,9 +19,10 @@ examples:
   dstrain shards bench shards/ --sequence-length 8192 --global-batch 512 --json
 
 Measures one rank: its share of the batch, its threads, its cache. CPU numbers are of one core and steady (each block made
-ready once); the loop at the end runs from a cold start, when the shuffle windows are still filling, so it is
-slower. What a GPU takes is an estimate from its peak and the model's arithmetic; a run's own tokens/s (TensorBoard) is better: give
-it with --need-mtok-s. Run it on a training node: the storage and the page cache of another machine say little.
+ready once): plan with these. The loop at the end runs from a cold start, while the shuffle windows are filling, with steps prepared
+ahead: it may come out below or above. What a GPU takes is an estimate from its peak and the model's arithmetic; a run's own
+tokens/s (TensorBoard) is better: give it with --need-mtok-s. Run it on a training node: the storage and the page cache of another
+machine say little.
 """
 
 

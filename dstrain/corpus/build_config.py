@@ -23,7 +23,7 @@ from dstrain.data.manifest import Manifest
 from dstrain.data.shard_writer import Compression
 from dstrain.data.tokenizer import Tokenizer
 
-BUILDER_VERSION = 2
+BUILDER_VERSION = 3
 """Raised when the same request would give other bytes."""
 TRAIN, VALIDATION, TOKENIZER = "train", "validation", "tokenizer"
 

@@ -26,7 +26,7 @@ _PACKED_SUFFIXES = (*COMPRESSED, ".parquet")
 _TEXT_BYTES_PER_TOKEN = 4  # English, WordPiece of 32768 ids
 _LEAST_MAP_BYTES, _MOST_MAP_BYTES = 1 << 20, 256 << 20
 _MAP_TASKS = 256  # wanted: enough for hundreds of processes, few enough to list
-_LEAST_BLOCKS = 10
+LEAST_BLOCKS = 10
 """Blocks a reduce task writes at least: its last one is cut short, so fewer would leave blocks that pack badly."""
 _REDUCE_TASKS = 64  # from here on, a task gets two full shards before there are more tasks
 
@@ -61,7 +61,7 @@ def num_groups(text_bytes: int, *, buckets: int, config: ShardBuildConfig, token
     """Reduce tasks for an amount of text."""
     block_text = config.block_tokens * _TEXT_BYTES_PER_TOKEN
     shard_text = config.shard_bytes // token_bytes * _TEXT_BYTES_PER_TOKEN
-    wanted = min(text_bytes // (_LEAST_BLOCKS * block_text), max(_REDUCE_TASKS, text_bytes // (2 * shard_text)))
+    wanted = min(text_bytes // (LEAST_BLOCKS * block_text), max(_REDUCE_TASKS, text_bytes // (2 * shard_text)))
     return max(1, min(buckets, wanted))
 
 

@@ -206,7 +206,7 @@ def card_text(counts: CardCounts, facts: CardFacts) -> str:
         _dropped_section(counts),
         "## Document lengths\n\n" + _histogram(counts.token_lengths, "tokens", _length_label),
         "## Characters per token\n\n" + _histogram(counts.characters_per_token, "characters", _ratio_label),
-        "## Copies of one text\n\n" + _histogram(counts.copies, "times", _copies_label),
+        "## Duplicates\n\n" + _duplicates(counts) + _histogram(counts.copies, "times a text occurs", _copies_label),
         _source_section(counts),
         "## Tokenizer\n\n" + _table(("fact", "value"), [(str(k), _shown(v)) for k, v in facts.tokenizer.items()]),
         "## Settings\n\n```yaml\n" + dump_yaml(facts.settings) + "```",
@@ -272,6 +272,12 @@ def _histogram(counts: Mapping[int, int], unit: str, label: Any) -> str:
     bins = range(min(counts, default=0), max(counts, default=-1) + 1)
     rows = [(label(k), f"{counts.get(k, 0):,}", "█" * round(_BAR_WIDTH * counts.get(k, 0) / most)) for k in bins]
     return _table((unit, "count", ""), rows)
+
+
+def _duplicates(counts: CardCounts) -> str:
+    dropped = counts.dropped["duplicate"]
+    fate = f"{dropped:,} of them dropped" if dropped else "none dropped"
+    return f"{counts.copies.total():,} distinct texts and {counts.duplicates:,} copies of them, {fate}. How often a text occurs:\n\n"
 
 
 def _length_label(k: int) -> str:

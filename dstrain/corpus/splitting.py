@@ -56,11 +56,6 @@ def split_source(source: Source, config: CorpusConfig, *, target_bytes: int) -> 
     return [source]
 
 
-def split_sources(sources: list[Source], config: CorpusConfig, *, target_bytes: int) -> list[Source]:
-    """Cut every source, in order."""
-    return [part for source in sources for part in split_source(source, config, target_bytes=target_bytes)]
-
-
 def _line_parts(source: Source, config: CorpusConfig, target_bytes: int, *, at_blank: bool) -> Iterator[Source]:
     size = source.size_bytes or 0
     start = rows = 0

@@ -148,10 +148,6 @@ class DiskCache:
         """Take what was read out of this process's plan."""
         self._lease.forget(keys)
 
-    def usage_bytes(self) -> int:
-        """What all entries take together, by the account."""
-        return self._usage()
-
     def close(self) -> None:
         """Give the lease back; entries stay."""
         self._lease.release()

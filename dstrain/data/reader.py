@@ -199,11 +199,6 @@ class ShardDataset:
         return DamagedBlockError(message, dataset=self.name, block=block)
 
 
-def open_shards(path: str | Path | RemoteUrl, storage: StorageConfig | None = None) -> ShardDataset:
-    """Open the dataset in a local folder or behind a URL; see `ShardDataset`."""
-    return ShardDataset(path, storage=storage)
-
-
 _threads = threading.local()  # a zstd context serves one thread at a time
 
 

@@ -12,10 +12,11 @@ import pytest
 
 from dstrain.base.errors import DamagedBlockError, DataError, StorageError
 from dstrain.data import cached_store, remote_store
-from dstrain.data.reader import ShardDataset, open_shards
+from dstrain.data.reader import ShardDataset
 from dstrain.data.stores import StorageConfig
 from tests.support.block_shards import write_random_shards
 from tests.support.fault_proxy import FAULTS, fault_proxy
+from tests.support.http_range_server import serve_ranges
 from tests.support.object_stores import ObjectStore, object_store
 
 pytestmark = pytest.mark.fault
@@ -72,7 +73,7 @@ def is_anonymous(store: ObjectStore) -> bool:
 
 def test_a_remote_dataset_is_the_local_one(store, truth, folder):
     with store.at(store.port) as url:
-        dataset = open_shards(f"{url}/train", storage(anonymous=is_anonymous(store)))
+        dataset = ShardDataset(f"{url}/train", storage=storage(anonymous=is_anonymous(store)))
         assert dataset.manifest == ShardDataset(folder / "train").manifest
         assert read_all(dataset) == truth
 
@@ -114,6 +115,16 @@ def test_what_is_not_there_is_told_at_once(store):
     with store.at(store.port) as url:
         with pytest.raises(DataError, match=r"nothing-here/manifest\.json: no such file in the store"):
             ShardDataset(f"{url}/nothing-here", storage=storage(anonymous=is_anonymous(store)))
+
+
+def test_a_web_server_without_ranges_is_told_at_once(folder):
+    with serve_ranges(folder, ranges=False) as server:
+        dataset = ShardDataset(f"{server.url}/train", storage=storage(deadline_s=600.0))  # small files are read whole
+        begin = time.monotonic()
+        with pytest.raises(DataError, match="the server does not answer byte ranges"):
+            dataset.read(2)
+        assert time.monotonic() - begin < 60
+        dataset.close()
 
 
 def test_damage_in_the_store_is_asked_for_once_more_and_then_named(folder, tmp_path):

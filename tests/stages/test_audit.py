@@ -285,7 +285,11 @@ def test_a_replay_that_is_not_what_the_run_wrote_says_so_and_fails(
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(("--step", "0"), "--step: 0 is too small"), (("--step", "3", "--rank", "4", "--world", "2"), "--rank: 4")],
+    [
+        (("--step", "0"), "--step: 0 is too small"),
+        (("--step", str(STEPS + 1)), f"has trained {STEPS} steps as far as its events and checkpoints say"),
+        (("--step", "3", "--rank", "4", "--world", "2"), "--rank: 4"),
+    ],
 )
 def test_a_step_or_rank_that_cannot_be_is_one_message(
     original: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str

@@ -89,6 +89,13 @@ def test_missing_shards(run: Callable[..., str], tmp_path: Path) -> None:
     assert "no such folder" in run(f"data.path={tmp_path / 'nowhere'}")
 
 
+def test_a_folder_that_holds_no_shards(run: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    said = run(f"data.path={tmp_path / 'empty'}")
+    assert "not a shards folder" in said
+    assert "tokenizer train" not in said
+
+
 def test_a_tokenizer_that_does_not_match_the_shards(run: Callable[..., str], shards: Path, tmp_path: Path) -> None:
     copy = tmp_path / "shards"
     shutil.copytree(shards, copy)

@@ -55,3 +55,5 @@ def test_what_cannot_be_measured_is_one_message(
 def test_a_folder_without_shards_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["shards", "bench", str(tmp_path / "none"), *SMALL]) == 78
     assert "no such folder" in capsys.readouterr().err
+    assert main(["shards", "bench", str(tmp_path), *SMALL]) == 78
+    assert "not a shards folder" in capsys.readouterr().err

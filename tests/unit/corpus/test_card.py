@@ -150,3 +150,19 @@ def test_an_empty_build_has_a_card_too():
 )
 def test_size_categories_are_the_hubs(documents, category):
     assert size_category(documents) == category
+
+
+@pytest.mark.parametrize(("dropped", "fate"), [(True, "1,506 of them dropped"), (False, "none dropped")])
+def test_the_card_has_a_histogram_of_duplicates(dropped: bool, fate: str):
+    counts = CardCounts()
+    for occurrences, texts in ((1, 40), (2, 3), (3, 2), (1500, 1)):
+        for _ in range(texts):
+            counts.group(occurrences, dropped=dropped)
+    counts.keep("train", tokens=1, characters=4, size_bytes=4)
+    section = card_text(counts, FACTS).split("## Duplicates\n\n")[1].split("\n\n## ")[0]
+    assert section.startswith(f"46 distinct texts and 1,506 copies of them, {fate}.")
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in section.splitlines() if line.startswith("| ")]
+    assert rows[:2] == [["times a text occurs", "count"], ["---", "---"]]
+    assert rows[2:4] == [["1", "40"], ["2–3", "5"]]
+    assert rows[-1] == ["1,024–2,047", "1"]
+    assert stats(counts, FACTS)["counts"]["copies"] == {"0": 40, "1": 5, "10": 1}

@@ -13,11 +13,16 @@ from hypothesis import strategies as st
 
 from dstrain.base.errors import DataError
 from dstrain.corpus.documents import CorpusConfig, find_sources, read_documents
-from dstrain.corpus.splitting import split_source, split_sources
+from dstrain.corpus.sources import Source
+from dstrain.corpus.splitting import split_source
 from tests.support.token_files import write_datatrove, write_mds, write_megatron
 
 LINES = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n")), max_size=40)
 QUICK = settings(max_examples=60, deadline=None)
+
+
+def split_sources(sources: list[Source], config: CorpusConfig, *, target_bytes: int) -> list[Source]:
+    return [part for source in sources for part in split_source(source, config, target_bytes=target_bytes)]
 
 
 def check(path: Path, config: CorpusConfig, target_bytes: int) -> int:

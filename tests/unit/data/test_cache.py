@@ -48,12 +48,12 @@ def test_entries_are_private_named_by_content_and_counted(tmp_path):
     assert cache.put(key(1), content(1))  # once more is nothing more
     assert cache.get(key(1)) == content(1)
     assert cache.get(key(2)) is None
-    assert cache.usage_bytes() == SIZE
+    assert cache._usage() == SIZE
     assert on_disk(tmp_path) == {key(1): SIZE}
     for path in (cache.folder, *cache.folder.rglob("*")):
         assert path.stat().st_mode & 0o077 == 0 or path.name == "usage" or path.suffix == ".plan", path
     cache.drop(key(1))
-    assert (cache.usage_bytes(), on_disk(tmp_path)) == (0, {})
+    assert (cache._usage(), on_disk(tmp_path)) == (0, {})
     for bad in ("../../etc/passwd", "x", key(1) + "/..", "s3-bucket-shard-000000.tar"):
         with pytest.raises(ValueError, match="no cache key"):
             cache.get(bad + "-1")
@@ -148,7 +148,7 @@ def test_a_full_disk_is_one_clear_error_and_costs_no_account(tmp_path, monkeypat
     with pytest.raises(StorageError, match=r"the disk is full: free some space or lower data\.storage\.cache_limit"):
         cache.put(key(1), content(1))
     monkeypatch.undo()
-    assert (cache.usage_bytes(), on_disk(tmp_path)) == (0, {})
+    assert (cache._usage(), on_disk(tmp_path)) == (0, {})
     assert cache.put(key(1), content(1))
 
 
@@ -158,9 +158,9 @@ def test_a_lost_or_damaged_account_is_made_again(tmp_path):
         cache.put(key(number), content(number))
     for damage in (b"", b"many"):
         (cache.folder / "usage").write_bytes(damage)
-        assert cache.usage_bytes() == 3 * SIZE
+        assert cache._usage() == 3 * SIZE
     (cache.folder / "usage").write_bytes(b"999999999")
-    assert opened(tmp_path).usage_bytes() == 3 * SIZE
+    assert opened(tmp_path)._usage() == 3 * SIZE
 
 
 def test_a_stopped_holder_of_the_lock_blocks_nobody_for_ever(tmp_path, monkeypatch):
@@ -181,7 +181,7 @@ def test_threads_of_several_processes_keep_the_account_true(tmp_path):
         worker.join(60)
         assert worker.exitcode == 0
     cache = opened(tmp_path)
-    assert sum(on_disk(tmp_path).values()) == cache.usage_bytes() <= 10 * SIZE
+    assert sum(on_disk(tmp_path).values()) == cache._usage() <= 10 * SIZE
     assert list((cache.folder / "leases").glob("*.lease")) == [cache._lease._path]
 
 
@@ -227,7 +227,7 @@ def test_a_kill_in_the_middle_of_a_fill_leaves_nothing_behind(tmp_path):
     cache = opened(tmp_path, limit=2000)  # would be refused while the other lives
     assert time.monotonic() - begin < 5
     assert on_disk(tmp_path) == {cache_key("aa" * 32, 0, 1000): 1000}
-    assert cache.usage_bytes() == 1000
+    assert cache._usage() == 1000
     assert cache.get(cache_key("bb" * 32, 0, 1000)) is None
     assert len(list((cache.folder / "leases").glob("*.lease"))) == 1
     assert set(os.listdir("/dev/shm")) <= before

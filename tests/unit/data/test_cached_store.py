@@ -159,7 +159,7 @@ def test_a_cache_of_a_few_blocks_slows_nobody_down_for_ever(tmp_path, limit):
         store.will_need(told)
         assert [store.read(*e) for e in told] == [content(e) for e in told]
         on_disk = sum(p.stat().st_size for p in tmp_path.rglob("entries/*/*"))
-        assert on_disk == store._cache.usage_bytes() <= limit
+        assert on_disk == store._cache._usage() <= limit
     store.close()
 
 
