@@ -1,0 +1,235 @@
+"""A real two-rank run that is asked to stop in a chosen phase, found by what the run itself shows, never by a pause.
+
+Phases are recognised by facts: signal handlers in place (/proc), files rewritten, events, staging folders, and the phase
+files that each rank's watchdog writes. A chain stops one and the same run again and again and at last lets it finish;
+what it must equal is a run of the same settings that nobody disturbed.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from dstrain.checkpoint.layout import published_steps
+from dstrain.checkpoint.reader import newest_valid
+from dstrain.corpus.build import ShardBuildConfig, build_shards
+from dstrain.corpus.documents import CorpusConfig, find_sources, read_documents
+from dstrain.data.tokenizer import train_tokenizer
+from tests.support.http_range_server import RangeServer
+from tests.support.runs import Job, pretrain_job, pretrain_settings, step_events, wait_for, write_config, write_corpus
+from tests.support.zygote import Zygote
+
+STEPS = 64
+PHASES = ("step", "restore", "first step", "evaluation", "save", "data", "start-up")
+"""What a forked rank can be met in; "import" is the eighth, of a process that starts from nothing."""
+
+
+def build_shards_with_held_out_half(folder: Path) -> Path:
+    """Small blocks, so that data is asked for often, and enough held-out rows for an evaluation that can be met."""
+    corpus = write_corpus(folder / "corpus.jsonl", num_documents=300)
+    texts = (d.text for d in read_documents(find_sources([str(corpus)]), CorpusConfig()))
+    train_tokenizer(texts, kind="wordpiece", vocab_size=400, lowercase=True, out=folder / "tok", quiet=True)
+    config = ShardBuildConfig(block_tokens=256, validation_fraction=0.4)
+    build_shards([str(corpus)], tokenizer=folder / "tok", out=folder / "shards", config=config, quiet=True)
+    return folder / "shards"
+
+
+def settings(url: str, run: Path) -> dict[str, Any]:
+    """Of every run here."""
+    return pretrain_settings(
+        Path("unused"), run,
+        data={"path": url, "sequence_length": 48, "prefetch_steps": 1},
+        train={"max_steps": STEPS, "evaluate_every": 8, "evaluate_rows": 400},
+        checkpoint={"every_steps": 5},
+        watchdog={"publish_s": 0.05, "poll_s": 0.02},
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One request: which signal, to which rank, in which phase."""
+
+    phase: str
+    signal: signal.Signals
+    rank: int
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """How a trial ended."""
+
+    step: int | None
+    """Saved, as the ranks say."""
+    seconds: float
+    """From the signal until the last rank had left."""
+
+
+class Chain:
+    """One run folder that is stopped again and again."""
+
+    def __init__(self, zygote: Zygote, server: RangeServer, folder: Path, name: str) -> None:
+        self.run = folder / name
+        self._zygote, self._server = zygote, server
+        self._config = write_config(folder / f"{name}.yaml", settings(server.url, self.run))
+
+    def finish(self) -> Result:
+        """Let the run go to its end."""
+        with self._zygote.start_ranks(self._config) as job:
+            job.succeed()
+        return Result.of(self.run)
+
+    def stop_in(self, trial: Trial) -> Stopped:
+        """Start, stop in the phase, and check what every stop promises."""
+        saved_before = max((step for step, _ in published_steps(self.run / "checkpoints")), default=None)
+        start = pretrain_job if trial.phase == "import" else self._zygote.start_ranks
+        view = _View(self.run)
+        with start(self._config, world_size=2) as job:
+            held = _wait_for_phase(trial, view, job, self._server)
+            try:
+                asked, asked_at = time.monotonic(), time.time()
+                job.signal(trial.signal, ranks=[trial.rank])
+                codes = job.wait()
+            finally:
+                if held:
+                    self._server.lock.release()
+            seconds = time.monotonic() - asked
+            said = f"{trial}: codes {codes}\n{job.output()}"
+        assert codes == [75, 75], said
+        exits = [json.loads((self.run / "exit" / f"rank-{rank:05d}.json").read_text()) for rank in (0, 1)]
+        assert [e["code"] for e in exits] == [75, 75], said
+        assert exits[trial.rank]["signal"] == trial.signal.name, said
+        assert exits[0]["step"] == exits[1]["step"], said
+        self._check_saved(exits[0]["step"], saved_before, asked_at, said)
+        return Stopped(exits[0]["step"], seconds)
+
+    def _check_saved(self, step: int, before: int | None, asked_at: float, said: str) -> None:
+        found = newest_valid(self.run / "checkpoints")
+        assert not found.damaged, said
+        newest = None if found.checkpoint is None else found.checkpoint.manifest.step
+        taken = [event for event in step_events(self.run).values() if event["time"] > asked_at]
+        assert len(taken) <= 2, (
+            f"{len(taken)} steps after the request; {said}"
+        )  # the one in flight, the one that agrees
+        if newest is None:
+            assert step in (0, None), said
+        else:
+            assert newest == max(step or 0, before or 0), said
+            assert newest >= max(step_events(self.run), default=0), f"steps were lost; {said}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run is compared by: bytes and exact numbers."""
+
+    files: dict[str, str]
+    """SHA-256 of every rank's file of the last checkpoint: weights and optimizer state."""
+    curve: dict[int, tuple[str, str]]
+    """Loss as a hex float and data ledger, of every step."""
+    counters: dict[str, Any]
+
+    @classmethod
+    def of(cls, run: Path) -> Result:
+        step, folder = max(published_steps(run / "checkpoints"))
+        assert step == STEPS
+        manifest = json.loads((folder / "manifest.json").read_text())
+        return cls(
+            {p.name: sha256(p.read_bytes()).hexdigest() for p in folder.glob("*.safetensors")},
+            {n: (float(e["loss"]).hex(), str(e["step_ledger"])) for n, e in step_events(run).items()},
+            {name: manifest["state"][name] for name in ("rows", "tokens", "ledger", "skipped_steps")},
+        )
+
+
+class _View:
+    """What a run folder shows of the attempt that is about to start."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self._described = self._stamp("environment.json")
+        self._events = self._count()
+        self.first_step = max(step_events(run), default=0)
+        self._staged = set(self._staging())
+
+    def is_described(self) -> bool:
+        """The run has said what it is; now the engine is built and filled."""
+        return self._stamp("environment.json") != self._described
+
+    def is_open(self) -> bool:
+        """The loop is about to begin: an event of this attempt is there."""
+        return self._count() > self._events
+
+    def steps(self) -> int:
+        """Steps of this attempt."""
+        return max(step_events(self.run), default=0) - self.first_step
+
+    def is_staging(self) -> bool:
+        """A checkpoint of this attempt is being written."""
+        return bool(set(self._staging()) - self._staged)
+
+    def phase(self, pid: int, rank: int) -> tuple[str, float]:
+        """What the rank's watchdog says: phase, and seconds in it; nothing of an earlier attempt."""
+        try:
+            facts = json.loads((self.run / "health" / f"rank-{rank:05d}.json").read_text())
+        except (OSError, ValueError):
+            return "", 0.0
+        return (facts["phase"], facts["time_in_phase_s"]) if facts["pid"] == pid else ("", 0.0)
+
+    def _stamp(self, name: str) -> int:
+        try:
+            return (self.run / name).stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
+
+    def _count(self) -> int:
+        try:
+            return (self.run / "events.jsonl").read_bytes().count(b"\n")
+        except FileNotFoundError:
+            return 0
+
+    def _staging(self) -> list[str]:
+        folder = self.run / "checkpoints"
+        return [p.name for p in folder.glob(".staging-*")] if folder.is_dir() else []
+
+
+def _wait_for_phase(trial: Trial, view: _View, job: Job, server: RangeServer) -> bool:
+    """Return when the rank is in the phase; True when the data server is held and has to be let go."""
+    pid = job.processes[trial.rank].pid
+    held = trial.phase == "data"
+    if held:
+        wait_for(lambda: view.steps() >= 1, job=job)
+        server.lock.acquire()
+    reached: dict[str, Callable[[], bool]] = {
+        "import": lambda: _catches(pid, signal.SIGUSR1),
+        "start-up": lambda: _catches(pid, signal.SIGUSR1),
+        "restore": view.is_described,
+        "first step": view.is_open,
+        "step": lambda: view.steps() >= 2,
+        "evaluation": lambda: view.steps() >= 1 and view.phase(pid, trial.rank)[0] == "evaluate",
+        "save": view.is_staging,
+        "data": lambda: _is_stuck(view.phase(pid, trial.rank)),
+    }
+    try:
+        wait_for(reached[trial.phase], job=job)
+    except AssertionError:
+        if held:
+            server.lock.release()
+        raise
+    return held
+
+
+def _is_stuck(seen: tuple[str, float]) -> bool:
+    phase, seconds = seen
+    return phase == "data" and seconds > 0.3
+
+
+def _catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal: the first thing that a stage's command puts in place."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("SigCgt:"):
+            return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return False
