@@ -15,6 +15,11 @@ from dataclasses import dataclass
 from dstrain.base.errors import ConfigError
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", re.ASCII)
+_ADDRESS = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?|[0-9A-Fa-f:.%]+", re.ASCII)
+_LONGEST_HOST = 253
+_MOST_HOSTS = 100_000
+_LONGEST_LIST = 1 << 20
 _COUNTS_RANKS = ("torchrun", "deepspeed", "srun")
 _INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
@@ -85,6 +90,10 @@ def world_from_environment(environment: Mapping[str, str] | None = None, *, loca
         world = World(master_port=free_port())
     if not 0 <= world.rank < world.size:
         raise ConfigError(f"RANK={world.rank} is outside WORLD_SIZE={world.size}: check the launcher's environment")
+    if not _ADDRESS.fullmatch(world.master_addr) or len(world.master_addr) > _LONGEST_HOST:
+        raise ConfigError(f"MASTER_ADDR={world.master_addr[:80]!r} is neither a host name nor an address")
+    if not 0 < world.master_port < 1 << 16:
+        raise ConfigError(f"MASTER_PORT={world.master_port} is no TCP port (1 to 65535)")
     if local_rank is not None and local_rank not in (-1, world.local_rank):
         raise ConfigError(f"--local_rank={local_rank} contradicts LOCAL_RANK={world.local_rank} from the environment")
     return world
@@ -122,20 +131,24 @@ def _from_slurm(env: Mapping[str, str]) -> World:
 def _number(env: Mapping[str, str], name: str, *, default: int | None = None) -> int:
     if default is not None and name not in env:
         return default
-    try:
-        return int(env[name])
-    except ValueError:
-        raise ConfigError(f"{name}={env[name]!r} is not a number: check the launcher's environment") from None
+    text = env[name].strip()
+    if not re.fullmatch(r"-?[0-9]{1,18}", text, re.ASCII):
+        raise ConfigError(f"{name}={env[name][:80]!r} is not a number: check the launcher's environment")
+    return int(text)
 
 
 def _tasks_on_node(text: str, node: int) -> int:
     """Read SLURM's `4(x2),2`: tasks on each node, run-length encoded."""
     counts: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        match = re.fullmatch(r"([0-9]{1,6})(?:\(x([0-9]{1,6})\))?", part.strip())
         if match is None:
-            raise ConfigError(f"SLURM_TASKS_PER_NODE={text!r} is not of the form 4(x2),2")
+            raise ConfigError(f"SLURM_TASKS_PER_NODE={text[:80]!r} is not of the form 4(x2),2")
         counts += [int(match[1])] * int(match[2] or 1)
+        if len(counts) > _MOST_HOSTS:
+            raise ConfigError(f"SLURM_TASKS_PER_NODE={text[:80]!r} names more than {_MOST_HOSTS:,} nodes")
+    if node < 0:
+        raise ConfigError(f"SLURM_NODEID={node} is negative: check the launcher's environment")
     return counts[min(node, len(counts) - 1)]
 
 
@@ -143,28 +156,44 @@ def expand_nodelist(text: str) -> list[str]:
     """Expand SLURM's compressed host list: `a[1-3,07]b,c` becomes `[a1b, a2b, a3b, a07b, c]`.
 
     Raises:
-        ConfigError: brackets do not match or a range is not numeric.
+        ConfigError: brackets do not match, a range is not numeric, a name is no host name, or there are far too many.
     """
+    if len(text) > _LONGEST_LIST or not re.fullmatch(r"(?:[^,\[\]]|\[[^\[\]]*\]|,)+", text):
+        raise ConfigError(f"SLURM node list {text[:80]!r} cannot be read")
     hosts: list[str] = []
-    for item in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", text):
-        hosts += _expand_brackets(item)
-    if not hosts or text.count("[") != text.count("]"):
-        raise ConfigError(f"SLURM node list {text!r} cannot be read")
+    for item in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text):
+        hosts += _expand_brackets(item, room=_MOST_HOSTS - len(hosts))
+    for host in hosts:
+        if len(host) > _LONGEST_HOST or not _HOST.fullmatch(host):
+            raise ConfigError(f"SLURM node list {text[:80]!r}: {host[:80]!r} is no host name")
+    if not hosts:
+        raise ConfigError(f"SLURM node list {text[:80]!r} cannot be read")
     return hosts
 
 
-def _expand_brackets(item: str) -> list[str]:
-    match = re.search(r"\[([^\]]*)\]", item)
-    if match is None:
-        return [item]
-    results: list[str] = []
-    for part in match[1].split(","):
-        low, _, high = part.partition("-")
-        if not low.isdigit() or (high and not high.isdigit()):
-            raise ConfigError(f"SLURM node list part {item!r} cannot be read")
-        for number in range(int(low), int(high or low) + 1):
-            results += _expand_brackets(item[: match.start()] + str(number).zfill(len(low)) + item[match.end() :])
+def _expand_brackets(item: str, *, room: int) -> list[str]:
+    """All names of one item, from left to right; refuses more than `room` before making them."""
+    results = [""]
+    for plain, ranges in re.findall(r"([^\[\]]+)|\[([^\[\]]*)\]", item):
+        endings = [plain] if plain else _numbers(ranges, room=room)
+        if len(results) * len(endings) > room:
+            raise ConfigError(f"SLURM node list part {item[:80]!r} names more than {_MOST_HOSTS:,} hosts")
+        results = [result + ending for result in results for ending in endings]
     return results
+
+
+def _numbers(ranges: str, *, room: int) -> list[str]:
+    """`1-3,07` as `[1, 2, 3, 07]`, with the zeros that they are written with."""
+    numbers: list[str] = []
+    for part in ranges.split(","):
+        match = re.fullmatch(r"([0-9]{1,12})(?:-([0-9]{1,12}))?", part)
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if match is None or high < low:
+            raise ConfigError(f"SLURM node list part {part[:80]!r} cannot be read")
+        if len(numbers) + high - low + 1 > room:
+            raise ConfigError(f"SLURM node list part {part[:80]!r} names more than {_MOST_HOSTS:,} hosts")
+        numbers += [str(number).zfill(len(match[1])) for number in range(low, high + 1)]
+    return numbers
 
 
 def free_port() -> int:
