@@ -98,7 +98,7 @@ def test_faults_change_nothing(store, truth, tmp_path, cached):
 @pytest.mark.parametrize("fault", ["503", "stall", "truncate"])
 def test_a_store_that_stays_broken_is_one_clear_error_in_time(store, fault):
     with fault_proxy(store.port, share=0.0) as proxy, store.at(proxy.port) as url:
-        config = storage(deadline_s=0.8, request_timeout_s=0.3, anonymous=is_anonymous(store))
+        config = storage(deadline_s=2.0, request_timeout_s=1.0, anonymous=is_anonymous(store))
         dataset = ShardDataset(f"{url}/train", storage=config)
         proxy.broken = fault
         dataset.will_need(order_of(dataset))

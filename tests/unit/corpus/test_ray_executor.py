@@ -9,13 +9,26 @@ import pytest
 
 pytest.importorskip("ray")
 
+import ray
+
 from dstrain.base.errors import DataError, MachineError
 from dstrain.corpus import build_plan
 from dstrain.corpus.build import ShardBuildConfig, build_shards
 from dstrain.corpus.ray_executor import OnRay
 
 
-@pytest.mark.slow
+@pytest.fixture
+def one_ray(monkeypatch):
+    """Ray takes some seconds to start: both builds of a test get the one that the first of them starts."""
+    start, stop = ray.init, ray.shutdown
+    monkeypatch.setattr(ray, "init", lambda **settings: None if ray.is_initialized() else start(**settings))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    yield
+    stop()
+
+
+@pytest.mark.slow  # Ray starts its own servers: 20 s on two cores that others use as well, nearly a minute on busy ones
+@pytest.mark.usefixtures("one_ray")
 def test_ray_gives_the_same_bytes_and_names_a_bad_line(corpus, tokenizer_folder, tmp_path, monkeypatch, texts):
     monkeypatch.setattr(build_plan, "_LEAST_MAP_BYTES", 2048)
     config = ShardBuildConfig(block_tokens=64, shard_bytes=8192, validation_fraction=0.1)
