@@ -36,7 +36,7 @@ class FakeEngine:
         return StepTotals(
             loss=loss, accuracy=0.5, gradient_norm=1.0, applied=admitted and not overflowed, num_targets=3, num_tokens=10 + step,
             num_rows=4, padded_tokens=16, ledger=LEDGER_MODULUS // 2 + step, flags=flags,
-            damaged=data.damaged, forward_backward_s=0.0, step_s=0.0, epoch=data.epoch,
+            damaged=data.damaged, forward_s=0.0, forward_backward_s=0.0, step_s=0.0, epoch=data.epoch,
         )  # fmt: skip
 
 
