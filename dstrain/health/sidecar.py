@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import socket
@@ -36,7 +37,8 @@ STACKS_SIGNAL = signal.SIGRTMIN + 5
 """Makes a rank write its stacks; no launcher and no library uses it."""
 SILENT_AFTER = 3
 """A peer's file that is not renewed for so many intervals says nothing any more."""
-_STACKS_S = 0.5
+_STACKS_S = 0.2
+"""Between two looks at the stacks; a dump that has not grown meanwhile is complete."""
 _COUNT_CHILDREN_S = 1.0
 
 
@@ -85,6 +87,8 @@ class Sidecar:
         self._rank = WatchedProcess(ProcessId(settings.pid, settings.started))
         self._heartbeat = HeartbeatReader(settings.descriptor)
         self._time = ObservedTime(longest_look_s=max(1.0, 2 * settings.poll_s))
+        self._stopped = ObservedTime(longest_look_s=max(1.0, 2 * settings.poll_s))
+        self._looks_awake = 0
         self._folder = HealthFolder(Path(settings.run_folder), job=settings.job, first=settings.first)
         self._exit_file = Path(settings.run_folder) / "exit" / f"rank-{settings.rank:05d}.json"
         self._exit_before = self._exit_mark()
@@ -116,11 +120,12 @@ class Sidecar:
 
     def _facts(self, beat: Beat) -> dict[str, Any]:
         state = self._rank.state
+        stopped, now = state in ("T", "t"), time.monotonic()
         # A world of one that is stopped holds nobody up: a person has pressed Ctrl-Z.
-        forgive = self._settings.world_size == 1 and state in ("T", "t")
-        waited = self._time.look(
-            counter=beat.counter, stamp_s=beat.stamp_ns / 1e9, now_s=time.monotonic(), forgive=forgive
-        )
+        forgive = self._settings.world_size == 1 and stopped
+        waited = self._time.look(counter=beat.counter, stamp_s=beat.stamp_ns / 1e9, now_s=now, forgive=forgive)
+        self._looks_awake += not stopped
+        stopped_s = self._stopped.look(counter=self._looks_awake, stamp_s=now, now_s=now, forgive=forgive)
         self._sequence += 1
         return {
             "rank": self._settings.rank,
@@ -132,6 +137,7 @@ class Sidecar:
             "time_in_phase_s": round(waited, 3),
             "allowance_s": round(self._settings.budgets.allowance_s(beat), 3),
             "state": state,
+            "stopped_s": round(stopped_s, 3),
             "ended": "",
             "sequence": self._sequence,
             "time": time.time(),
@@ -139,7 +145,9 @@ class Sidecar:
 
     def _round(self, beat: Beat, facts: dict[str, Any]) -> Facts | None:
         """One look around, unless the clerk is still busy with the last one; the alarm to respond to, or None."""
-        overdue = facts["time_in_phase_s"] - facts["allowance_s"]
+        # No phase is a reason to be stopped, so a stopped process has the allowance of a short step in all of them.
+        stopped_too_long = facts["stopped_s"] > self._settings.budgets.min_step_budget_s
+        overdue = max(facts["time_in_phase_s"] - facts["allowance_s"], 0.001 if stopped_too_long else -math.inf)
         if self._clerk.is_busy:
             if overdue > self._settings.report_s:
                 return self._alarm("hung", facts, "the run folder does not answer")
@@ -163,9 +171,10 @@ class Sidecar:
             self._folder.publish(self._settings.rank, facts)
         alarm = self._folder.alarm()
         if alarm is None and overdue > -SILENT_AFTER * self._settings.publish_s:
-            excused = self._has_alibi(facts)
+            excused = self._has_alibi(facts) and not facts["stopped_s"]
             if overdue > 0 and not excused:
                 detail = f"no progress for {facts['time_in_phase_s']:.1f} s, {facts['allowance_s']:.1f} s are allowed"
+                detail += f", stopped for {facts['stopped_s']:.1f} s" if facts["stopped_s"] else ""
                 alarm = self._folder.raise_alarm(self._alarm("hung", facts, detail))
         return alarm
 
@@ -285,8 +294,7 @@ class Sidecar:
     def _collect(self, alarm: Facts, facts: dict[str, Any], deadline: float) -> dict[str, Any]:
         """On the clerk's thread: wait for every rank's facts, then find the suspect; the first report is everybody's."""
         ranks = range(self._settings.world_size)
-        stacks = _tail(self._folder.stacks_path(self._settings.rank))
-        facts["frames"] = main_frames(stacks)[:12] if facts["state"] not in ("T", "t") else []
+        facts["frames"] = self._frames(deadline - 1.5) if facts["state"] not in ("T", "t") else []
         self._folder.publish(self._settings.rank, facts)
         number = int(alarm["number"])
         while True:
@@ -300,6 +308,15 @@ class Sidecar:
                 break
             time.sleep(0.1)
         return self._report(alarm, known)
+
+    def _frames(self, deadline: float) -> list[str]:
+        """The main thread's innermost frames, once the dump that was asked for has come to its end."""
+        path = self._folder.stacks_path(self._settings.rank)
+        before, now = "", _tail(path)
+        while (not now or now != before) and time.monotonic() < deadline:
+            time.sleep(_STACKS_S)
+            before, now = now, _tail(path)
+        return main_frames(now)[:12]
 
     def _report(self, alarm: Facts, known: list[dict[str, Any] | None]) -> dict[str, Any]:
         finding = find_suspect(alarm, known)

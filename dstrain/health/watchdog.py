@@ -139,6 +139,7 @@ class Watchdog:
         except OSError as error:
             raise StorageError(f"{path}: cannot be written: {error}") from error
         self._stacks_path = path
+        faulthandler.unregister(STACKS_SIGNAL)
         # Ignored first, so that a late signal finds it ignored again after `unregister`: its default ends the process.
         signal.signal(STACKS_SIGNAL, signal.SIG_IGN)
         faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True, chain=False)

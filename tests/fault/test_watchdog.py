@@ -136,6 +136,14 @@ def _live(ranks: Ranks) -> list[dict[str, Any]]:
     return [json.loads(p.read_text()) for p in sorted((ranks.folder / "health").glob("rank-*.json"))]
 
 
+def test_a_stopped_rank_is_noticed_in_a_phase_that_may_last_long(tmp_path: Path) -> None:
+    """Those who wait for it are in the same long phase."""
+    with Ranks(tmp_path, "stop", phase="save", save_s=600.0, first_step_s=600.0) as ranks:
+        assert ranks.end() == [-signal.SIGKILL] * 2
+        assert (ranks.report()["finding"]["cause"], ranks.report()["finding"]["rank"]) == ("stopped", 1)
+        assert "stopped for" in ranks.report()["alarm"]["detail"]
+
+
 @pytest.mark.parametrize(
     ("mischief", "said"),
     [
@@ -182,7 +190,7 @@ def test_a_rank_that_leaves_with_a_fault_does_not_leave_the_others_waiting(tmp_p
 
 
 def test_a_peer_that_fails_by_itself_after_a_death_is_neither_killed_nor_spoken_for(tmp_path: Path) -> None:
-    with Ranks(tmp_path, "SIGKILL", guilty=0, first_step_s=300.0, patience_s=0.3, peer_grace_s=15.0) as ranks:
+    with Ranks(tmp_path, "SIGKILL", guilty=0, first_step_s=300.0, patience_s=8.0, peer_grace_s=60.0) as ranks:
         assert ranks.end() == [-signal.SIGKILL, 1]
         assert "a peer is gone" in ranks.job.output()
         assert [e["rank"] for e in ranks.exits()] == [0]
@@ -190,7 +198,7 @@ def test_a_peer_that_fails_by_itself_after_a_death_is_neither_killed_nor_spoken_
 
 
 def test_a_slow_phase_within_its_allowance_is_no_hang_for_those_who_wait(tmp_path: Path) -> None:
-    with Ranks(tmp_path, "slow", phase="data", data_s=60.0) as ranks:  # 2.5 s; a step may last 1 s
+    with Ranks(tmp_path, "slow", phase="data", data_s=60.0, publish_s=1.0) as ranks:  # 2.5 s; a step may last 1 s
         assert ranks.end() == [0, 0], ranks.job.output()
         assert not (ranks.folder / "exit").exists()
         assert sorted(p.name for p in (ranks.folder / "health").iterdir()) == [
@@ -203,7 +211,7 @@ def test_a_slow_phase_within_its_allowance_is_no_hang_for_those_who_wait(tmp_pat
 
 
 def test_a_killed_watchdog_leaves_the_rank_alone(tmp_path: Path) -> None:
-    with Ranks(tmp_path, "slow", phase="data", data_s=60.0) as ranks:
+    with Ranks(tmp_path, "slow", phase="data", data_s=60.0, publish_s=1.0) as ranks:
         ranks.wait_until_watched()
         os.kill(ranks.pids()[0]["sidecar"].pid, signal.SIGKILL)
         assert ranks.end() == [0, 0], ranks.job.output()
@@ -222,8 +230,8 @@ def test_a_world_of_one_that_a_person_has_paused_goes_on_when_it_is_told_to(tmp_
 
 def test_a_second_job_on_the_same_folder_cannot_end_the_first(tmp_path: Path) -> None:
     """The second job (another port) dies at once; its alarm is not for the first one."""
-    with Ranks(tmp_path, "slow", phase="data", data_s=60.0) as ranks:
-        ranks.pids()
+    with Ranks(tmp_path, "slow", phase="data", data_s=60.0, publish_s=1.0) as ranks:
+        ranks.wait_until_watched()
         environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1", "PYTHONPATH": str(ROOT)}
         code = (
             "import os, sys, json; from pathlib import Path; from dstrain.base.world import world_from_environment as w;"

@@ -17,7 +17,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+from dstrain.base.storage import write_json
 from dstrain.base.world import world_from_environment
 from dstrain.health.heartbeat import Phase
 from dstrain.health.watchdog import Watchdog, WatchdogConfig
@@ -58,6 +60,10 @@ def misbehave(mischief: str) -> None:
         os.kill(os.getpid(), getattr(signal, mischief))
 
 
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
 def main() -> None:
     folder, mischief, guilty, at_step, at_phase, settings = sys.argv[1:7]
     world = world_from_environment()
@@ -72,10 +78,12 @@ def main() -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
     with Watchdog(config, world, run_folder) as watchdog:
         pids = {"rank": os.getpid(), "sidecar": watchdog.sidecar_pid, "child": child.pid}
-        (run_folder / f"pids-{world.rank}.json").write_text(json.dumps(pids))
-        mine = run_folder / "health" / f"rank-{world.rank:05d}.json"
-        while not mine.exists() or json.loads(mine.read_text())["pid"] != os.getpid():
-            time.sleep(0.005)  # the sidecar is there and knows the child
+        write_json(run_folder / f"pids-{world.rank}.json", pids)
+        # All sidecars are there and know the children before anything happens.
+        for rank in range(world.size):
+            numbers, watched = run_folder / f"pids-{rank}.json", run_folder / "health" / f"rank-{rank:05d}.json"
+            while not numbers.exists() or not watched.exists() or read(numbers)["rank"] != read(watched)["pid"]:
+                time.sleep(0.005)
 
         def enter(phase: Phase, step: int) -> None:
             watchdog.heartbeat.enter(phase, step)

@@ -13,12 +13,13 @@ from dstrain.health.sidecar import Sidecar, SidecarSettings, _last_crash, main
 from dstrain.health.watchdog import WatchdogConfig
 from dstrain.health.watched_process import identify
 
+RANK = "import signal, sys; signal.signal(signal.SIGRTMIN + 5, signal.SIG_IGN); print(flush=True); sys.stdin.readline()"
+
 
 @pytest.fixture
 def rank():
-    process = subprocess.Popen(
-        [sys.executable, "-c", "print(flush=True); import sys; sys.stdin.readline()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )  # fmt: skip
+    """A process that has nothing to say when it is asked for stacks, and never makes progress by itself."""
+    process = subprocess.Popen([sys.executable, "-c", RANK], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     process.stdout.readline()
     yield process
     process.kill()
