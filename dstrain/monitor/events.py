@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from dstrain.base.world import World
 
 _log = get_logger(__name__)
 
-_LINE_LIMIT_BYTES = 1 << 20
+_LINE_LIMIT = 1 << 20
 
 CURVE_EVENTS = frozenset({"step", "step_skipped", "evaluated"})
 """Events that are points of a curve over `step`, which a resume from an earlier step takes back."""
@@ -39,6 +40,8 @@ class EventLog:
         """Events lost because the file could not be written."""
         self._active = world.is_first
         self._handle: int | None = None
+        self._identity = (0, 0)
+        """Device and inode behind the handle: a number that someone else closed may be anybody's file by now."""
         self._line_is_open = False
         self._warned = False
 
@@ -59,7 +62,7 @@ class EventLog:
     def close(self) -> None:
         """Close the file; writing again opens it again."""
         handle, self._handle = self._handle, None
-        if handle is not None:
+        if handle is not None and self._is_ours(handle):
             try:
                 os.close(handle)
             except OSError as error:
@@ -75,19 +78,34 @@ class EventLog:
             raise OSError(f"short write: {written} of {len(data)} bytes")
 
     def _is_in_place(self, handle: int) -> bool:
-        """Whether the open file is still the one at `path`: someone may have deleted or moved it under us."""
+        """Whether the handle is still the file at `path`: someone may have closed, deleted or moved it under us."""
         try:
-            return os.path.samestat(os.fstat(handle), os.stat(self.path))
-        except FileNotFoundError:
+            return self._is_ours(handle) and _identity(os.stat(self.path)) == self._identity
+        except OSError:
+            return False
+
+    def _is_ours(self, handle: int) -> bool:
+        try:
+            return _identity(os.fstat(handle)) == self._identity
+        except OSError:
             return False
 
     def _open(self) -> int:
         self.close()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        size = os.fstat(handle).st_size
-        # A killed run may have left half a line; the next event must not become part of it.
-        self._line_is_open = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
+        # Not waiting: the file may have become a pipe that nobody reads.
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+        handle = os.open(self.path, flags, 0o600)
+        try:
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode):
+                raise OSError("not an ordinary file")
+            # A killed run may have left half a line; the next event must not become part of it.
+            self._line_is_open = found.st_size > 0 and os.pread(handle, 1, found.st_size - 1) != b"\n"
+        except OSError:
+            os.close(handle)
+            raise
+        self._identity = _identity(found)
         return handle
 
     def _drop(self, error: Exception) -> None:
@@ -131,7 +149,7 @@ def current_curve(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if event.get("event") in CURVE_EVENTS and isinstance(step, int) and step > earliest:
             continue
         kept.append(dict(event))
-        if event.get("event") == "resumed" and isinstance(step, int):
+        if event.get("event") in ("resumed", "rolled_back") and isinstance(step, int):
             earliest = min(earliest, step)
         elif event.get("event") == "started":
             earliest = -1
@@ -139,19 +157,28 @@ def current_curve(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
+
+
 def _line(record: Mapping[str, Any]) -> bytes:
     """One event as a line of strict JSON."""
-    text = json.dumps(_plain(record), default=lambda value: redact(str(value)), allow_nan=False)
-    line = text.encode() + b"\n"
-    if len(line) > _LINE_LIMIT_BYTES:
-        raise ValueError(f"an event of {len(line):,} bytes is more than the {_LINE_LIMIT_BYTES:,} that a line may have")
-    return line
+    text = json.dumps(_plain(record), default=lambda value: _text(str(value)), allow_nan=False)
+    if len(text) > _LINE_LIMIT:
+        raise ValueError(f"an event of {len(text):,} characters; a line may have {_LINE_LIMIT:,}")
+    return text.encode() + b"\n"
+
+
+def _text(text: str) -> str:
+    if len(text) > _LINE_LIMIT:
+        raise ValueError(f"a text of {len(text):,} characters; a line may have {_LINE_LIMIT:,}")
+    return redact(text)
 
 
 def _plain(value: Any) -> Any:
     """Make numpy and torch numbers plain, name nan and infinities, and replace secrets in texts, at any depth."""
     if isinstance(value, str):
-        return redact(value)
+        return _text(value)
     if getattr(value, "ndim", None) == 0:
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

@@ -64,7 +64,7 @@ class Run:
         """Collective. Resume, train, finish."""
         self.guard.enter("restore", 0)
         self._find_checkpoint()
-        if self.resumed_from is not None and self.resumed_from.manifest.step >= self.parts.max_steps:
+        if self.resumed_from is not None and self._has_reached_the_end(self.resumed_from):
             marker = self.parts.finished_file
             finished = self.site.control.all_true(marker is None or (self.config.run_folder / marker).is_file())
             if self.parts.finish is None or finished:
@@ -185,6 +185,10 @@ class Run:
         if self.resumed_from is None:
             raise CheckpointError("no checkpoint was found")
         return self.resumed_from
+
+    def _has_reached_the_end(self, checkpoint: Checkpoint) -> bool:
+        """Whether all steps are done, and the last evaluation too."""
+        return checkpoint.manifest.step >= self.parts.max_steps and not _state_of(checkpoint).evaluation_due
 
     def _already_complete(self, checkpoint: Checkpoint) -> ExitCode:
         self._say(

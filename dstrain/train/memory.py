@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from dstrain.base.errors import MachineError
+from dstrain.base.errors import ConfigError
 
 _SIGNS = ("out of memory", "DefaultCPUAllocator", "can't allocate memory")
 
@@ -26,7 +26,7 @@ def memory_faults_named(*, micro_batch: int, device: str, step: int) -> Iterator
         step: steps done.
 
     Raises:
-        MachineError: in place of torch's error; what torch said comes with it.
+        ConfigError: in place of torch's error; what torch said comes with it.
     """
     try:
         yield
@@ -36,7 +36,7 @@ def memory_faults_named(*, micro_batch: int, device: str, step: int) -> Iterator
         smaller = f"lower train.micro_batch (now {micro_batch}; the global batch and the results stay the same)"
         if micro_batch == 1:
             smaller = "lower data.sequence_length (train.micro_batch is 1 already)"
-        raise MachineError(
+        raise ConfigError(
             f"step {step + 1} does not fit the memory of {'the GPU' if device == 'cuda' else 'this machine'}: {smaller}, "
             f"raise engine.zero_stage, or leave the memory to this process alone ({str(error).splitlines()[0]})"
         ) from error

@@ -1,4 +1,4 @@
-"""A lasting spike whose cause lies in the data: back to an older checkpoint, the data stepped over, and the run completes."""
+"""A lasting spike whose cause lies in the data: back to an older checkpoint, the data stepped over, and a run that audits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from dstrain.cli.training import load_stage_config
+from dstrain.stages.audit import audit_run
 from tests.support.runs import Job, build_tiny_shards, pretrain_settings, step_events, write_config
 from tests.support.spike_worker import BAD_STEPS
 
@@ -82,6 +84,16 @@ def test_any_world_size_goes_back_alike_and_sees_the_same_data(rolled: dict[int,
     for step, event in one.items():
         assert two[step]["step_ledger"] == event["step_ledger"], step
         assert two[step]["loss"] == pytest.approx(event["loss"], abs=1e-3)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_run_audits_in_full(rolled: dict[int, Path], world: int) -> None:
+    config = load_stage_config("pretrain", rolled[world].with_suffix(".yaml"), [])
+    report = audit_run(config, full=True, quiet=True)  # type: ignore[arg-type]
+    assert report.problems == ()
+    assert report.steps == MAX_STEPS
+    assert sum(epoch.left_out for epoch in report.coverage) > 0
+    assert sum(epoch.repeated for epoch in report.coverage) == 0
 
 
 def test_a_spike_that_roll_backs_may_not_cure_stops_the_run_with_a_diagnosis(shards: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dstrain.base.errors import MachineError
+from dstrain.base.errors import ConfigError
 from dstrain.train.memory import is_out_of_memory, memory_faults_named
 
 
@@ -20,7 +20,7 @@ from dstrain.train.memory import is_out_of_memory, memory_faults_named
 def test_both_forms_name_the_micro_batch_and_what_torch_said(error: RuntimeError) -> None:
     message = r"step 10 does not fit .*: lower train\.micro_batch \(now 32"
     with (
-        pytest.raises(MachineError, match=message) as caught,
+        pytest.raises(ConfigError, match=message) as caught,
         memory_faults_named(micro_batch=32, device="cuda", step=9),
     ):
         raise error
@@ -36,7 +36,7 @@ def test_a_real_allocation_that_cannot_be_is_recognised() -> None:
 
 def test_one_row_is_no_micro_batch_to_lower() -> None:
     with (
-        pytest.raises(MachineError, match=r"lower data\.sequence_length"),
+        pytest.raises(ConfigError, match=r"lower data\.sequence_length"),
         memory_faults_named(micro_batch=1, device="cpu", step=0),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
