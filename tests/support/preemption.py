@@ -8,6 +8,7 @@ what it must equal is a run of the same settings that nobody disturbed.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -46,7 +47,8 @@ def settings(url: str, run: Path) -> dict[str, Any]:
         Path("unused"), run,
         data={"path": url, "sequence_length": 48, "prefetch_steps": 1},
         train={"max_steps": STEPS, "evaluate_every": 8, "evaluate_rows": 400},
-        checkpoint={"every_steps": 5},
+        checkpoint={"every_steps": 5, "keep_last": 1000},
+        stop={"look_every_s": 0.05, "ask_every_s": 1.0},
         watchdog={"publish_s": 0.05, "poll_s": 0.02},
     )  # fmt: skip
 
@@ -58,6 +60,15 @@ class Trial:
     phase: str
     signal: signal.Signals
     rank: int
+    group: bool = False
+    """To all processes that the rank has started, too."""
+
+    def send(self, job: Job) -> None:
+        """Do it."""
+        if self.group:
+            os.killpg(job.processes[self.rank].pid, self.signal)  # ranks are session leaders, and not reaped yet
+        else:
+            job.signal(self.signal, ranks=[self.rank])
 
 
 @dataclass(frozen=True)
@@ -78,22 +89,29 @@ class Chain:
         self._zygote, self._server = zygote, server
         self._config = write_config(folder / f"{name}.yaml", settings(server.url, self.run))
 
+    def start(self, *overrides: str, environment: dict[str, str] | None = None) -> Job:
+        """Start or go on."""
+        return self._zygote.start_ranks(self._config, *overrides, world_size=2, environment=environment)
+
     def finish(self) -> Result:
         """Let the run go to its end."""
-        with self._zygote.start_ranks(self._config) as job:
+        with self.start() as job:
             job.succeed()
         return Result.of(self.run)
+
+    def exits(self) -> list[dict[str, Any]]:
+        """What both ranks left."""
+        return [json.loads((self.run / "exit" / f"rank-{rank:05d}.json").read_text()) for rank in (0, 1)]
 
     def stop_in(self, trial: Trial) -> Stopped:
         """Start, stop in the phase, and check what every stop promises."""
         saved_before = max((step for step, _ in published_steps(self.run / "checkpoints")), default=None)
-        start = pretrain_job if trial.phase == "import" else self._zygote.start_ranks
         view = _View(self.run)
-        with start(self._config, world_size=2) as job:
+        with pretrain_job(self._config, world_size=2) if trial.phase == "import" else self.start() as job:
             held = _wait_for_phase(trial, view, job, self._server)
             try:
                 asked, asked_at = time.monotonic(), time.time()
-                job.signal(trial.signal, ranks=[trial.rank])
+                trial.send(job)
                 codes = job.wait()
             finally:
                 if held:
@@ -101,7 +119,7 @@ class Chain:
             seconds = time.monotonic() - asked
             said = f"{trial}: codes {codes}\n{job.output()}"
         assert codes == [75, 75], said
-        exits = [json.loads((self.run / "exit" / f"rank-{rank:05d}.json").read_text()) for rank in (0, 1)]
+        exits = self.exits()
         assert [e["code"] for e in exits] == [75, 75], said
         assert exits[trial.rank]["signal"] == trial.signal.name, said
         assert exits[0]["step"] == exits[1]["step"], said
