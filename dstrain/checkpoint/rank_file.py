@@ -1,13 +1,16 @@
 """Write one rank's file: in pieces, hashed, made durable, and read back from the disk. One attempt, in the calling thread.
 
-Write-back is started piece by piece, so that the disk works while the next piece is hashed and the final sync finds little
-left to do.
+Hashing has a thread of its own, and write-back is started piece by piece: processor, kernel and disk work at the same time, and
+the final sync finds little left to do.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import queue
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +51,7 @@ def write_part(path: Path, snapshot: Snapshot, *, verify: bool, cancelled: Calla
         StorageError: it could not be written, or what the disk gives back is not what was written.
         SaveCancelledError: `cancelled` said so.
     """
-    file = NewFile(path)
+    file = _HashedAside(path)
     try:
         early = _WriteBack(path)
         try:
@@ -111,6 +114,48 @@ def _remove_quietly(path: Path) -> None:
         remove_file(path)
     except StorageError:
         pass  # its folder is removed with the save
+
+
+class _HashedAside(NewFile):
+    """A file whose bytes are hashed by another thread while they are written: a snapshot holds still for both."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._aside = _Aside()
+        self._digest = self._aside  # type: ignore[assignment]
+
+    def abandon(self) -> None:
+        """Close the file without promise and let go of the bytes."""
+        self._aside.stop()
+        super().abandon()
+
+
+class _Aside:
+    """SHA-256 in a thread of its own, in the order of the updates; has the two methods of a hash that a file uses."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._pieces: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._work, name="dstrain-save-hash", daemon=True)
+        self._thread.start()
+
+    def update(self, piece: memoryview) -> None:
+        self._pieces.put(piece)
+
+    def hexdigest(self) -> str:
+        self._pieces.put(None)
+        self._thread.join()
+        return self._digest.hexdigest()
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._pieces.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (piece := self._pieces.get()) is not None and not self._stopped:
+            self._digest.update(piece)
 
 
 class _WriteBack:

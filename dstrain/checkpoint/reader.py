@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -87,7 +88,7 @@ class Checkpoint:
                 for stored, begin, end in self._overlaps(fragment):
                     part = self._slice(handles, stack, fragment, stored, begin, end)
                     at = begin - fragment.offset
-                    fragment.tensor[at : at + end - begin].copy_(part)
+                    _fill(fragment.tensor[at : at + end - begin], part)
                     done += end - begin
                 if done != fragment.tensor.numel():
                     raise CheckpointError(
@@ -146,6 +147,14 @@ class Checkpoint:
                 f"{self.folder / stored.file}: {fragment.name} {fragment.state} is not {end - begin} fp32 numbers"
             )
         return part
+
+
+def _fill(target: Tensor, part: Tensor) -> None:
+    """Copy on one thread where both are on the host (as `snapshot` does, and for its reason), or over to the device."""
+    if target.device.type == "cpu":
+        np.copyto(target.detach().numpy(), part.numpy())
+    else:
+        target.copy_(part)
 
 
 @dataclass(frozen=True)
