@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ settings.register_profile("explore", deadline=None, max_examples=2_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +36,19 @@ def _no_inherited_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test never believes to be a rank of the job that happens to run pytest."""
     for name in _RANK_VARIABLES:
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _process_state() -> Iterator[None]:
+    """What a command run in this process sets for the whole of it (umask, signal handlers) ends with its test."""
+    umask = os.umask(0o022)
+    os.umask(umask)
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    yield
+    os.umask(umask)
+    for number, handler in handlers.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

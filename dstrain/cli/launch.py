@@ -26,7 +26,7 @@ examples:
   dstrain launch pretrain configs/bert-base.yaml --num-processes 8 --dry-run      (print the command, start nothing)
 
 Restarts the real launcher from the newest valid checkpoint when ranks crash or are killed, and cleans up what it started
-and nothing else. Stops when the run is complete (0), was asked to stop and has saved (75), cannot go on (78, 80, 81),
+and nothing else. Stops when the run is complete (0), was asked to stop and has saved (75, 82), cannot go on (78, 80, 81),
 or makes no progress three times in a row (79; the last time from one checkpoint further back). SIGTERM, SIGINT, SIGUSR1
 and SIGUSR2 reach the ranks, which save and leave. History: supervisor.json in the run folder; output: logs/attempt-*.log.
 """

@@ -17,15 +17,14 @@ from types import TracebackType
 
 import psutil
 
-from dstrain.base.errors import ExitCode, StorageError
-from dstrain.launcher.outcome import read_exits
+from dstrain.base.errors import StorageError
+from dstrain.launcher.outcome import GRACEFUL, read_exits
 from dstrain.launcher.policy import RestartPolicy
 from dstrain.launcher.process_group import ProcessGroup, send
 from dstrain.launcher.stop_signals import StopSignals
 
 _POLL_S = 0.1
 _LOOK_S = 1.0
-_GRACEFUL = (ExitCode.COMPLETE, ExitCode.SAVED_REQUEUE)
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ class Attempt:
         gone = set(range(self._local_ranks)) - present
         dead: list[int] = []
         if present and gone:  # not before the first rank is there, and files are read only when one is missing
-            dead = sorted(gone - {left.rank for left in read_exits(self._run_folder) if left.code in _GRACEFUL})
+            dead = sorted(gone - {left.rank for left in read_exits(self._run_folder) if left.code in GRACEFUL})
         if not dead:
             self._dead_since = None
             return

@@ -21,7 +21,7 @@ from dstrain.base.storage import read_json, write_json
 FILE_NAME = "supervisor.json"
 FORMAT = 1
 TRAINING = ("pretrain", "finetune")
-_NOT_FAILURES = (0, 2, 75, 78, 80, 81)
+_NOT_FAILURES = (0, 2, 75, 78, 80, 81, 82)
 """Ends that say nothing about how often machines fail: done, asked, or the user's to mend."""
 
 

@@ -12,15 +12,17 @@ from typing import Any
 
 from dstrain.base.errors import DataError, ExitCode
 from dstrain.base.storage import read_json
+from dstrain.health.outcomes import FOLDER
+from dstrain.health.signals import LAUNCHER_GONE
 
-FOLDER = "exit"
 _LIMIT_BYTES = 1 << 20
 _WEIGHT = (
     ExitCode.RUN_IN_USE, ExitCode.USAGE, ExitCode.BAD_INPUT, ExitCode.NOTHING_TO_RESUME, ExitCode.NO_PROGRESS,
     ExitCode.UNHEALTHY_NODE,
 )  # fmt: skip
 """Codes that one rank's word is enough for, the strongest first. Crashes and passing faults come after a missing rank."""
-_GRACEFUL = (ExitCode.COMPLETE, ExitCode.SAVED_REQUEUE)
+GRACEFUL = frozenset({ExitCode.COMPLETE, ExitCode.SAVED_REQUEUE, ExitCode.SAVED_END})
+"""How a rank ends whose others need not be ended."""
 
 
 @dataclass(frozen=True)
@@ -79,17 +81,22 @@ def judge(exits: Sequence[RankExit], *, launcher_code: int, expected: bool) -> O
     silent = tuple(sorted(set(range(world)) - {left.rank for left in exits}))
     if silent:
         shown = ", ".join(map(str, silent[:8])) + (", ..." if len(silent) > 8 else "")
-        others = next((f"; rank {left.rank} said: {left.cause}" for left in exits if left.code not in _GRACEFUL), "")
+        others = next((f"; rank {left.rank} said: {left.cause}" for left in exits if left.code not in GRACEFUL), "")
         return Outcome(None, f"rank {shown} ended without a word (killed, or out of memory){others}", silent)
     for code in (ExitCode.RETRY_HERE, ExitCode.DEFECT):
         if said := [left for left in exits if left.code is code]:
             return _outcome(code, said)
-    saved = [left for left in exits if left.code is ExitCode.SAVED_REQUEUE]
-    if saved:
-        causes = {left.cause for left in saved} - {"complete", ""}
-        stray = any(cause.startswith("SIG") or cause == "the launcher is gone" for cause in causes)
-        return Outcome(ExitCode.SAVED_REQUEUE, ", ".join(sorted(causes)) or "asked to stop", deliberate=not stray)
+    for code in (ExitCode.SAVED_END, ExitCode.SAVED_REQUEUE):
+        if said := [left for left in exits if left.code is code]:
+            return _saved(code, said)
     return Outcome(ExitCode.COMPLETE, "complete")
+
+
+def _saved(code: ExitCode, said: Sequence[RankExit]) -> Outcome:
+    """A stop that was obeyed; ranks that only joined in give the code's name, or nothing, as their cause."""
+    causes = {left.cause for left in said} - {code.name.lower(), "complete", ""}
+    stray = any(cause.startswith("SIG") or cause == LAUNCHER_GONE for cause in causes)
+    return Outcome(code, ", ".join(sorted(causes)) or "asked to stop", deliberate=not stray)
 
 
 def _without_files(launcher_code: int, *, expected: bool) -> Outcome:

@@ -18,8 +18,11 @@ from dstrain.launcher.hosts import Host, num_processes, without
 from dstrain.launcher.outcome import Outcome
 
 FINAL = frozenset(
-    {ExitCode.USAGE, ExitCode.BAD_INPUT, ExitCode.NO_PROGRESS, ExitCode.RUN_IN_USE, ExitCode.NOTHING_TO_RESUME}
-)
+    {
+        ExitCode.USAGE, ExitCode.BAD_INPUT, ExitCode.NO_PROGRESS, ExitCode.RUN_IN_USE, ExitCode.NOTHING_TO_RESUME,
+        ExitCode.SAVED_END,
+    }
+)  # fmt: skip
 """Starting again unchanged would end the same way."""
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from dstrain.base.storage import publish_directory
 from dstrain.checkpoint.layout import checkpoints_folder, published_steps, step_folder
-from dstrain.launcher.outcome import FOLDER, read_exits
+from dstrain.health.outcomes import FOLDER
+from dstrain.launcher.outcome import read_exits
 
 LOGS = "logs"
 EVENTS = "events.jsonl"

@@ -12,7 +12,7 @@ import pytest
 from dstrain.checkpoint.layout import published_steps
 from dstrain.health.signals import STOP_SIGNALS
 from tests.support.http_range_server import RangeServer, serve_ranges
-from tests.support.preemption import PHASES, STEPS, Chain, Result, Trial, build_shards_with_held_out_half
+from tests.support.preemption import PHASES, STEPS, Chain, Result, Trial, build_shards_with_many_held_out
 from tests.support.runs import step_events, wait_for
 from tests.support.zygote import Zygote
 
@@ -34,7 +34,7 @@ def zygote(folder: Path) -> Iterator[Zygote]:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[RangeServer]:
-    with serve_ranges(build_shards_with_held_out_half(folder)) as server:
+    with serve_ranges(build_shards_with_many_held_out(folder)) as server:
         yield server
 
 

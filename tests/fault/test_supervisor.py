@@ -151,7 +151,7 @@ def test_a_loop_that_never_saves_again_gets_its_newest_checkpoint_back(tmp_path:
         assert not list((job.run / "checkpoints").glob("set-aside-*"))
 
 
-@pytest.mark.parametrize("code", [78, 79, 80, 81])
+@pytest.mark.parametrize("code", [78, 79, 80, 81, 82])
 def test_codes_that_say_do_not_are_passed_on_at_once(tmp_path: Path, code: int) -> None:
     with _supervised(tmp_path, faults=[_fault(1, 2, code)]) as job:
         assert job.wait() == code, job.output()
@@ -278,6 +278,7 @@ def test_the_others_of_a_dead_rank_are_ended_in_bounded_time(tmp_path: Path) -> 
         assert [r.code for r in read_history(job.run)] == [None, 0]
 
 
+@pytest.mark.timeout(600)
 def test_a_real_run_with_a_killed_rank_finishes_with_the_ledger_of_the_undisturbed_run(tmp_path: Path) -> None:
     shards = build_tiny_shards(tmp_path)
     steps = {"train": {"max_steps": 24}, "checkpoint": {"every_steps": 4}}
@@ -308,8 +309,8 @@ def test_a_real_run_with_a_killed_rank_finishes_with_the_ledger_of_the_undisturb
         launched.kill()
         launched.wait()
     records = read_history(run)
-    assert [r.code for r in records] == [None, 0], log.read_text()
-    assert records[0].ranks_at_fault[-1] == 1
+    assert [r.code for r in records] == [76, 0], log.read_text()  # the watchdog beside the killed rank left its word
+    assert 1 in records[0].ranks_at_fault
     assert records[1].checkpoint_before >= 4
     assert [p.pid for r in records for p in ProcessGroup(r.mark).members()] == []
     ours, theirs = step_events(run), step_events(tmp_path / "calm")

@@ -18,16 +18,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dstrain.base.errors import ExitCode
 from dstrain.base.world import World
 from dstrain.checkpoint.layout import checkpoints_folder, published_steps, step_folder
 from dstrain.health.outcomes import write_exit
-from dstrain.launcher.history import read_history
-from dstrain.launcher.policy import RestartPolicy
-from dstrain.launcher.starters import NOT_INHERITED, Command, Layout
-from dstrain.launcher.supervisor import Job, Supervisor
+
+if TYPE_CHECKING:  # ranks start by the hundred: only the supervisor imports the supervisor
+    from dstrain.launcher.starters import Command, Layout
+    from dstrain.launcher.supervisor import Supervisor
 
 FAST = {"first_wait_s": 0.02, "longest_wait_s": 0.1, "peer_grace_s": 0.5, "grace_s": 20.0, "max_restarts": 6}
 
@@ -39,6 +39,7 @@ def fake_command(role: str, run: Path, plan: Path) -> list[str]:
 
 def build_fake(run: Path, plan: Path) -> Any:
     """What stands for `build_command`."""
+    from dstrain.launcher.starters import NOT_INHERITED, Command
 
     def build(layout: Layout, arguments: Any, **_: Any) -> Command:
         role = "rank" if layout.starter == "python" else "launch"
@@ -49,6 +50,10 @@ def build_fake(run: Path, plan: Path) -> Any:
 
 def make_supervisor(run: Path, plan: Path, *, starter: Any = "deepspeed", say: Any = None) -> Supervisor:
     """The supervisor under test; its policy comes from the plan."""
+    from dstrain.launcher.policy import RestartPolicy
+    from dstrain.launcher.starters import Layout
+    from dstrain.launcher.supervisor import Job, Supervisor
+
     given = json.loads(plan.read_text())
     job = Job("pretrain", run, ("pretrain",), Layout(starter, given.get("ranks", 2)), seed=1)
     policy = RestartPolicy(**{**FAST, **given.get("policy", {})})
@@ -86,7 +91,7 @@ class _Rank:
     def __init__(self, run: Path, plan: dict[str, Any]) -> None:
         self.run, self.plan = run, plan
         self.world = World(rank=int(os.environ.get("RANK", 0)), size=int(os.environ.get("WORLD_SIZE", 1)))
-        self.attempt = read_history(run)[-1].number
+        self.attempt = json.loads((run / "supervisor.json").read_text())["attempts"][-1]["number"]
         self.reason = ""
         self.folder = checkpoints_folder(run)
         self.step = max([step for step, _ in published_steps(self.folder)], default=0)

@@ -7,6 +7,7 @@ what it must equal is a run of the same settings that nobody disturbed.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -31,21 +32,21 @@ PHASES = ("step", "restore", "first step", "evaluation", "save", "data", "start-
 """What a forked rank can be met in; "import" is the eighth, of a process that starts from nothing."""
 
 
-def build_shards_with_held_out_half(folder: Path) -> Path:
-    """Small blocks, so that data is asked for often, and enough held-out rows for an evaluation that can be met."""
-    corpus = write_corpus(folder / "corpus.jsonl", num_documents=300)
+def build_shards_with_many_held_out(folder: Path) -> Path:
+    """Small blocks, of which few are fetched ahead, and enough held-out rows for an evaluation that can be met."""
+    corpus = write_corpus(folder / "corpus.jsonl", num_documents=900)
     texts = (d.text for d in read_documents(find_sources([str(corpus)]), CorpusConfig()))
     train_tokenizer(texts, kind="wordpiece", vocab_size=400, lowercase=True, out=folder / "tok", quiet=True)
-    config = ShardBuildConfig(block_tokens=256, validation_fraction=0.4)
+    config = ShardBuildConfig(block_tokens=256, validation_fraction=0.3)
     build_shards([str(corpus)], tokenizer=folder / "tok", out=folder / "shards", config=config, quiet=True)
     return folder / "shards"
 
 
-def settings(url: str, run: Path) -> dict[str, Any]:
+def settings(shards: Path, run: Path) -> dict[str, Any]:
     """Of every run here."""
     return pretrain_settings(
-        Path("unused"), run,
-        data={"path": url, "sequence_length": 48, "prefetch_steps": 1},
+        shards, run,
+        data={"sequence_length": 48, "prefetch_steps": 1, "storage": {"prefetch_bytes": 4096}},
         train={"max_steps": STEPS, "evaluate_every": 8, "evaluate_rows": 400},
         checkpoint={"every_steps": 5, "keep_last": 1000},
         stop={"look_every_s": 0.05, "ask_every_s": 1.0},
@@ -87,7 +88,7 @@ class Chain:
     def __init__(self, zygote: Zygote, server: RangeServer, folder: Path, name: str) -> None:
         self.run = folder / name
         self._zygote, self._server = zygote, server
-        self._config = write_config(folder / f"{name}.yaml", settings(server.url, self.run))
+        self._config = write_config(folder / f"{name}.yaml", settings(server.folder, self.run))
 
     def start(self, *overrides: str, environment: dict[str, str] | None = None) -> Job:
         """Start or go on."""
@@ -107,8 +108,12 @@ class Chain:
         """Start, stop in the phase, and check what every stop promises."""
         saved_before = max((step for step, _ in published_steps(self.run / "checkpoints")), default=None)
         view = _View(self.run)
-        with pretrain_job(self._config, world_size=2) if trial.phase == "import" else self.start() as job:
-            held = _wait_for_phase(trial, view, job, self._server)
+        remote = (
+            [f"data.path={self._server.url}"] if trial.phase == "data" else []
+        )  # the same shards, which can be held
+        with pretrain_job(self._config, world_size=2) if trial.phase == "import" else self.start(*remote) as job:
+            held = trial.phase == "data"
+            trial = _wait_for_phase(trial, view, job, self._server)
             try:
                 asked, asked_at = time.monotonic(), time.time()
                 trial.send(job)
@@ -214,30 +219,38 @@ class _View:
         return [p.name for p in folder.glob(".staging-*")] if folder.is_dir() else []
 
 
-def _wait_for_phase(trial: Trial, view: _View, job: Job, server: RangeServer) -> bool:
-    """Return when the rank is in the phase; True when the data server is held and has to be let go."""
-    pid = job.processes[trial.rank].pid
-    held = trial.phase == "data"
-    if held:
-        wait_for(lambda: view.steps() >= 1, job=job)
-        server.lock.acquire()
+def _wait_for_phase(trial: Trial, view: _View, job: Job, server: RangeServer) -> Trial:
+    """Return when the rank is in the phase; for "data", the server is held, and the rank is one that has to wait for it."""
+    pids = [process.pid for process in job.processes]
+    if trial.phase == "data":
+        return _hold_the_data(trial, view, job, server)
     reached: dict[str, Callable[[], bool]] = {
-        "import": lambda: _catches(pid, signal.SIGUSR1),
-        "start-up": lambda: _catches(pid, signal.SIGUSR1),
+        "import": lambda: _catches(pids[trial.rank], signal.SIGUSR1),
+        "start-up": lambda: _catches(pids[trial.rank], signal.SIGUSR1),
         "restore": view.is_described,
         "first step": view.is_open,
         "step": lambda: view.steps() >= 2,
-        "evaluation": lambda: view.steps() >= 1 and view.phase(pid, trial.rank)[0] == "evaluate",
+        "evaluation": lambda: view.steps() >= 1 and view.phase(pids[trial.rank], trial.rank)[0] == "evaluate",
         "save": view.is_staging,
-        "data": lambda: _is_stuck(view.phase(pid, trial.rank)),
     }
+    wait_for(reached[trial.phase], job=job)
+    return trial
+
+
+def _hold_the_data(trial: Trial, view: _View, job: Job, server: RangeServer) -> Trial:
+    """Which rank runs out of data first depends on who had fetched what; the other one waits for it in the step."""
+    wait_for(lambda: view.steps() >= 1, job=job)
+    server.lock.acquire()
+
+    def stuck() -> list[int]:
+        return [n for n, p in enumerate(job.processes) if _is_stuck(view.phase(p.pid, n))]
+
     try:
-        wait_for(reached[trial.phase], job=job)
-    except AssertionError:
-        if held:
-            server.lock.release()
+        wait_for(lambda: bool(stuck()), job=job)
+        return dataclasses.replace(trial, rank=stuck()[0])
+    except BaseException:
+        server.lock.release()
         raise
-    return held
 
 
 def _is_stuck(seen: tuple[str, float]) -> bool:

@@ -18,6 +18,7 @@ class Seen:
 
     config: Any = None
     world: Any = None
+    stop: Any = None
     step: Any = None
 
 
@@ -28,8 +29,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
     calls = Seen()
 
-    def stage(config: Any, world: Any) -> int:
-        calls.config, calls.world = config, world
+    def stage(config: Any, world: Any, *, stop: Any) -> int:
+        calls.config, calls.world, calls.stop = config, world, stop
         return 0
 
     def score(kind: str, config: Any, world: Any, *, step: int | None) -> dict[str, float]:

@@ -40,7 +40,8 @@ def test_what_ranks_write_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("codes", "expected"),
     [
-        ((0, 0), 0), ((75, 75), 75), ((75, 0), 75), ((76, 1), 76), ((1, 1), 1), ((1, 78), 78), ((77, 76), 77), ((80, 1), 80),
+        ((0, 0), 0), ((75, 75), 75), ((75, 0), 75), ((82, 75), 82), ((82, 82), 82),
+        ((76, 1), 76), ((1, 1), 1), ((1, 78), 78), ((77, 76), 77), ((80, 1), 80),
         ((79, 78), 78), ((81, None), 81), ((77, None), 77), ((0, None), None), ((75, None), None), ((1, None), None),
     ],
 )  # fmt: skip
@@ -61,8 +62,8 @@ def test_the_verdict_names_ranks_hosts_and_cause() -> None:
 
 def test_a_stop_is_deliberate_unless_only_a_signal_or_a_lost_launcher_was_its_reason() -> None:
     assert not _judge(75, 75, causes=("complete", "SIGTERM")).deliberate
-    assert not _judge(75, 75, causes=("the launcher is gone", "complete")).deliberate
-    assert _judge(75, 75, causes=("the budget of 3 hours is used up", "complete")).deliberate
+    assert not _judge(75, 75, causes=("the launcher is gone", "saved_requeue")).deliberate
+    assert _judge(75, 75, causes=("the budget of 3 hours is used up", "saved_requeue")).deliberate
     assert _judge(75, 75, causes=("complete", "complete")).deliberate
 
 

@@ -378,7 +378,7 @@ def test_out_of_memory_names_the_setting_to_lower(control: ControlPlane) -> None
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     engine.engine.module._objective.loss = full
-    with pytest.raises(MachineError, match=r"step 4 does not fit .*train\.micro_batch \(now 8"):
+    with pytest.raises(ConfigError, match=r"step 4 does not fit .*train\.micro_batch \(now 8"):
         step(engine, [batch_of(rows())], number=3)
 
 
