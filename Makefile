@@ -25,7 +25,7 @@ $(DEV): $(INSTALL_INPUTS)
 	@.ci/install dev
 	@touch $(RUNTIME) $@
 
-.PHONY: venv demo test check format format-check lint types floors docs versions clean distclean help
+.PHONY: venv demo test test-cluster check format format-check lint types floors docs versions clean distclean help
 
 venv: $(DEV)  ## set up .venv with dstrain and the development tools
 
@@ -34,6 +34,9 @@ demo: $(RUNTIME)  ## pretrain, resume, export and fine-tune on the embedded corp
 
 test: $(DEV)  ## run every test that is not marked slow
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-cluster: $(DEV)  ## run the tests on several hosts with a real SLURM, built on this machine (root, apt)
+	@$(BIN)/python -m pytest -m cluster tests/cluster $(ARGS)
 
 check: format-check lint types floors test  ## everything a change must pass: style, lint, types, floors, tests
 
@@ -70,4 +73,4 @@ help:  ## this list
 	@echo "make demo   sets everything up and runs the whole line on embedded text"
 	@echo "make test   sets everything up and runs the tests"
 	@echo
-	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*  ## /:/' | while IFS=: read -r name what; do printf '  make %-10s %s\n' "$$name" "$$what"; done
+	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*  ## /:/' | while IFS=: read -r name what; do printf '  make %-12s %s\n' "$$name" "$$what"; done
