@@ -54,6 +54,12 @@ class PeerError(DstrainError):
         self.exit_code = ExitCode(exit_code)
 
 
+class PeerGoneError(DstrainError):
+    """Another rank is gone, or did not come to a collective in time; why is not known here."""
+
+    exit_code = ExitCode.RETRY_HERE
+
+
 class ConfigError(DstrainError):
     """A configuration file, key, value or command-line override is wrong."""
 

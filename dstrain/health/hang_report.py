@@ -47,12 +47,14 @@ def find_suspect(alarm: Facts, ranks: Sequence[Facts | None]) -> Finding:
     """Name the suspect.
 
     Args:
-        alarm: kind (hung, died, left), rank, host, number, detail.
+        alarm: kind (hung, died, left, or lost: its sender only missed another), rank, host, number, detail.
         ranks: the facts of rank 0, 1, ...; None for a rank that was never heard of.
     """
     kind = alarm.get("kind")
     if kind in ("died", "left"):
         return Finding(str(kind), alarm.get("rank"), str(alarm.get("host", "")), str(alarm.get("detail", "")))
+    if kind == "lost":
+        return Finding("unknown", None, "", str(alarm.get("detail", "")))
     running = {r: f for r, f in enumerate(ranks) if f is None or not f.get("ended")}
     silent = [r for r, f in running.items() if f is None or f.get("acknowledged") != alarm.get("number")]
     if len(silent) == len(running):

@@ -50,6 +50,9 @@ class Ended(IntEnum):
     RUNNING = 0
     CLEANLY = 1
     BY_A_FAULT = 2
+    """Of its own, or one that all ranks have agreed on."""
+    BY_A_LOST_PEER = 3
+    """Another rank was gone: whatever happened did not begin here."""
 
 
 RECENT_STEPS = 64
@@ -124,14 +127,14 @@ class Heartbeat:
             self._checked = now
             self._on_check()
 
-    def close(self, *, fault: bool = False) -> None:
+    def close(self, ended: Ended = Ended.CLEANLY) -> None:
         """Say that nobody need watch any more.
 
         Args:
-            fault: the program leaves with an error; its peers may not know yet.
+            ended: how the program leaves; after anything but a clean end its peers may not know yet.
         """
         if not self._closed:
-            self._write(Ended.BY_A_FAULT if fault else Ended.CLEANLY)
+            self._write(ended)
             self._closed = True
             self._memory.close()
             os.close(self.descriptor)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dstrain.base.errors import DstrainError, ExitCode, PeerError
+from dstrain.base.errors import DstrainError, ExitCode, PeerError, PeerGoneError
 from dstrain.base.secrets import redact
 from dstrain.base.storage import make_directory, remove_file, write_json
 from dstrain.base.world import World
@@ -50,7 +50,7 @@ class Ending:
 def ending_of(error: BaseException) -> Ending:
     """The ending that an exception means; its text is one line, without secrets, and not long."""
     text = _short(str(error))
-    if isinstance(error, PeerError):
+    if isinstance(error, (PeerError, PeerGoneError)):
         return Ending(ExitCode(error.exit_code), "peer", text)
     if isinstance(error, DstrainError):
         return Ending(ExitCode(error.exit_code), "fault", text)

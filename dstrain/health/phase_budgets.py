@@ -1,7 +1,8 @@
 """How long a rank may stay in a phase before it counts as hung: given numbers, widened by what the run has shown. Pure.
 
-A step gets a multiple of its own median, never less than a floor, and the long allowance of a first step until a few
-steps are known; any other phase gets its allowance or a multiple of its longest stay so far. Reads no clock.
+A step gets a multiple of the median of recent ones, never less than a floor; the process's first step counts among them
+until a few others are known. Which steps are first, and have the long allowance, says the rank by its phase. Any other
+phase gets its allowance or a multiple of its longest stay so far. Reads no clock.
 Standard library only.
 """
 
@@ -13,7 +14,7 @@ from statistics import median
 from dstrain.health.heartbeat import PLACE, Beat, Phase
 
 STEPS_TO_LEARN_FROM = 3
-"""Steps that must be known before the median is trusted; until then a step has the allowance of a first step."""
+"""Steps that must be known before their median is trusted; until then the longest of all, the first included, stands for it."""
 STORAGE_PHASES = frozenset({Phase.DATA, Phase.SAVE, Phase.RESTORE})
 """Phases in which a rank waits for files rather than for other ranks."""
 
@@ -40,9 +41,12 @@ class PhaseBudgets:
             beat: its phase, and the durations that the run has shown so far.
         """
         if beat.phase is Phase.STEP:
-            if len(beat.recent_steps_s) < STEPS_TO_LEARN_FROM:
-                return max(self.first_step_s, self.min_step_budget_s)
-            return max(self.min_step_budget_s, self.factor * median(beat.recent_steps_s))
+            usual = (
+                median(beat.recent_steps_s)
+                if len(beat.recent_steps_s) >= STEPS_TO_LEARN_FROM
+                else max(*beat.recent_steps_s, beat.longest_s[PLACE[Phase.FIRST_STEP]], 0.0)
+            )
+            return max(self.min_step_budget_s, self.factor * usual)
         given = {
             Phase.START_UP: self.start_up_s,
             Phase.RENDEZVOUS: self.rendezvous_s,

@@ -20,13 +20,13 @@ from types import TracebackType
 from pydantic import Field
 
 from dstrain.base.config import Config
-from dstrain.base.errors import StorageError
+from dstrain.base.errors import PeerGoneError, StorageError
 from dstrain.base.logs import get_logger
 from dstrain.base.world import World
-from dstrain.health.heartbeat import Heartbeat
+from dstrain.health.heartbeat import Ended, Heartbeat
 from dstrain.health.incidents import HealthFolder, job_name
 from dstrain.health.phase_budgets import PhaseBudgets
-from dstrain.health.sidecar import STACKS_SIGNAL, SidecarSettings
+from dstrain.health.sidecar_settings import STACKS_SIGNAL, SidecarSettings
 from dstrain.health.watched_process import identify
 
 SIDECARS_AT_MOST = 4
@@ -41,11 +41,12 @@ class WatchdogConfig(Config):
     enabled: bool = True
     """Whether a watchdog process stands beside every rank."""
     factor: float = Field(default=5.0, ge=2.0)
-    """A step may last this many times the median of recent steps; other phases this many times their longest stay so far."""
+    """A step may last this many times the median of recent steps (of the longest so far, until three are known); other phases
+    this many times their longest stay so far."""
     min_step_budget_s: float = Field(default=30.0, gt=0.0)
     """Seconds that a step may always last, however short its median."""
     first_step_s: float = Field(default=1800.0, gt=0.0)
-    """Seconds for each of the first steps of a process, which compile and warm up."""
+    """Seconds for the first step of a process, which builds kernels, buffers and connections."""
     start_up_s: float = Field(default=1800.0, gt=0.0)
     """Seconds to build model and data; indexing a large remote dataset takes minutes."""
     rendezvous_s: float = Field(default=900.0, gt=0.0)
@@ -121,11 +122,11 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        fault = error is not None and not (isinstance(error, SystemExit) and error.code in (None, 0))
-        self.heartbeat.close(fault=fault)
+        ended = _ended(error)
+        self.heartbeat.close(ended)
         self._close_stacks()
         # After a fault the sidecar stays for a moment, to see whether the peers have noticed.
-        if self._sidecar is not None and not fault:
+        if self._sidecar is not None and ended is Ended.CLEANLY:
             try:
                 self._sidecar.wait(_GOODBYE_S)
             except subprocess.TimeoutExpired:  # it hangs on the run folder: nothing to watch any more
@@ -183,3 +184,9 @@ class Watchdog:
             "the watchdog of rank %d was ended (code %s): starting another", self._world.rank, self._sidecar.returncode
         )
         self._start_sidecar(self._settings)
+
+
+def _ended(error: BaseException | None) -> Ended:
+    if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
+        return Ended.CLEANLY
+    return Ended.BY_A_LOST_PEER if isinstance(error, PeerGoneError) else Ended.BY_A_FAULT

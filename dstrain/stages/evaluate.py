@@ -7,6 +7,7 @@ from contextlib import ExitStack
 import torch
 
 from dstrain.base.errors import ConfigError
+from dstrain.base.peer_loss import peer_loss_named
 from dstrain.base.world import World
 from dstrain.checkpoint.fragments import EngineState
 from dstrain.checkpoint.manifest import MASTER
@@ -32,6 +33,7 @@ def evaluate(
         ConfigError: the run has no such checkpoint, or nothing to evaluate on.
     """
     with ExitStack() as stack:
+        stack.enter_context(peer_loss_named(lambda: "in an evaluation"))
         site = stack.enter_context(open_site(config, world))
         checkpoint = site.control.together(lambda: best_checkpoint(config.run_folder, step=step))
         if isinstance(config, PretrainConfig):

@@ -23,7 +23,7 @@ from dstrain.monitor.goodput_meter import GoodputMeter, read_attempts
 from dstrain.stages.assembly import AnyConfig
 from dstrain.stages.saving import Past
 
-_FIRST_STEPS = 3  # of a process: they compile and warm up, and are no measure for the others
+_FIRST_STEPS = 1  # of a process: it builds kernels, buffers and connections, and is no measure for the others
 
 
 @dataclass
@@ -38,15 +38,21 @@ class Oversight:
     run_folder: Path
     phase: str = "start_up"
     """What the rank is doing."""
+    step: int = 0
+    """Optimizer steps done when the phase began."""
     steps_taken: int = 0
     """By this process."""
 
     def enter(self, phase: str, step: int) -> None:
         """A phase begins; the first steps of a process are told apart."""
-        self.phase = phase
+        self.phase, self.step = phase, step
         if phase == "step" and self.steps_taken < _FIRST_STEPS:
             phase = "first_step"
         self.heartbeat.enter(phase, step)
+
+    def where(self) -> str:
+        """Phase and step, for messages."""
+        return f"in phase {self.phase} of step {self.step}"
 
     def past(self) -> Past:
         """Earlier attempts of this run, as far as they are on record."""

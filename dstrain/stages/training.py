@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from dstrain.base.errors import ExitCode
+from dstrain.base.peer_loss import peer_loss_named
 from dstrain.base.world import World
 from dstrain.health.lease import RunLease
 from dstrain.health.outcomes import Ending, clear_exits, ending_of, write_exit
@@ -44,6 +45,7 @@ def run_training(
             stop, RunLease(config.run_folder), watchdog.heartbeat,
             GoodputMeter(config.run_folder, active=world.is_first), config.stop, config.run_folder,
         )  # fmt: skip
+        stack.enter_context(peer_loss_named(oversight.where))
         oversight.enter("rendezvous", 0)
         site = stack.enter_context(open_site(config, world))
         oversight.enter("start_up", 0)
@@ -64,10 +66,11 @@ def _run(config: AnyConfig, site: Site, assemble: Callable[[Site], Assembly], ov
     run: Run | None = None
     ending = Ending(ExitCode.DEFECT, "defect", "unexpected error")
     try:
-        parts = site.control.together(lambda: assemble(site))
-        agree_on_start(site.control, config, parts.loader.state_dict())
-        run = Run(config, site, parts, oversight)
-        code = run.execute()
+        with peer_loss_named(oversight.where):
+            parts = site.control.together(lambda: assemble(site))
+            agree_on_start(site.control, config, parts.loader.state_dict())
+            run = Run(config, site, parts, oversight)
+            code = run.execute()
         asked = code is not ExitCode.COMPLETE
         ending = Ending(code, "request" if asked else "complete", oversight.stop.reason or code.name.lower())
         return code

@@ -24,8 +24,9 @@ from torch import Tensor, distributed, nn
 
 from dstrain.base.control import ControlPlane
 from dstrain.base.device import Precision
-from dstrain.base.errors import ConfigError, MachineError
+from dstrain.base.errors import ConfigError, MachineError, PeerGoneError
 from dstrain.base.logs import get_logger
+from dstrain.base.peer_loss import is_peer_loss
 from dstrain.base.protocols import Interrupted, LossParts, MicroBatch, Objective, StepData, StepFlags
 from dstrain.base.seeds import derive
 from dstrain.base.world import World
@@ -95,6 +96,7 @@ def start_processes(world: World, *, device: str, timeout_s: int) -> ControlPlan
 
     Raises:
         MachineError: the rendezvous failed; the message names the address.
+        PeerGoneError: so it did, because another rank did not come or has gone.
     """
     world.export(os.environ)
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("DSTRAIN_DEEPSPEED_LOG_LEVEL", "WARNING").upper())
@@ -113,9 +115,10 @@ def start_processes(world: World, *, device: str, timeout_s: int) -> ControlPlan
             verbose=False,
         )
     except (RuntimeError, ValueError) as error:
-        raise MachineError(
+        fault = PeerGoneError if is_peer_loss(error) else MachineError
+        raise fault(
             f"rank {world.rank} of {world.size} could not join at {world.master_addr}:{world.master_port}: {error}; "
-            "is the port free, and do all ranks name the same host?"
+            "is the port free, do all ranks name the same host, and have all been started?"
         ) from None
     return ControlPlane(world, timeout_s=timeout_s)
 

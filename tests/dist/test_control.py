@@ -11,12 +11,13 @@ import pytest
 pytestmark = pytest.mark.dist
 
 RANK = """
-import json, sys
+import json, os, sys
 from datetime import timedelta
 from pathlib import Path
 from torch import distributed
 from dstrain.base.control import ControlPlane
 from dstrain.base.errors import DataError, DstrainError, PeerError, StorageError
+from dstrain.base.peer_loss import is_peer_loss
 from dstrain.base.world import World
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
@@ -50,8 +51,13 @@ attempt("first fails", fail_if(rank == 0, DataError))
 attempt("both fail", fail_if(True))
 found["still works"] = control.sum([1])
 control.barrier()
+if rank == 0:
+    try:
+        control.sum([1])  # the other one is gone, or goes now
+    except RuntimeError as error:
+        found["lost"] = is_peer_loss(error)
 (folder / f"{rank}.json").write_text(json.dumps(found))
-distributed.destroy_process_group()
+os._exit(0)
 """
 
 
@@ -109,3 +115,7 @@ def test_the_guilty_rank_raises_its_fault_and_the_other_leaves_with_the_same_cod
 def test_when_both_fail_the_first_speaks(found):
     assert found[0]["both fail"] == ["StorageError", "no room on 0", 76]
     assert found[1]["both fail"] == ["PeerError", "rank 0: no room on 0", 76]
+
+
+def test_a_rank_whose_peer_has_gone_is_told_so_by_an_error_that_is_known_for_it(found):
+    assert found[0]["lost"] is True

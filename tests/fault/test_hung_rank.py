@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -19,9 +20,9 @@ from tests.support.runs import build_tiny_shards, pretrain_job, pretrain_setting
 pytestmark = pytest.mark.fault
 
 MIN_STEP_BUDGET_S = 3.0
-WATCHDOG = {"min_step_budget_s": MIN_STEP_BUDGET_S, "data_s": MIN_STEP_BUDGET_S, "publish_s": 0.5}
 SLACK_S = 20.0
 """For two ranks and two watchdogs on two cores that others use, too."""
+WATCHDOG = {"min_step_budget_s": MIN_STEP_BUDGET_S, "data_s": MIN_STEP_BUDGET_S, "publish_s": 0.5, "peer_grace_s": SLACK_S}
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +98,14 @@ def test_a_killed_rank_ends_the_other_one_within_seconds(tmp_path: Path, shards:
         job.signal(signal.SIGKILL, ranks=[1])
         codes = job.wait()
         assert time.monotonic() - killed_at < 5.0 + SLACK_S
-        assert codes[1] == -signal.SIGKILL
-        assert codes[0] != 0, job.output()
+        assert codes == [76, -signal.SIGKILL], job.output()
+        assert "Traceback" not in job.output()
+        assert job.output().count("dstrain: error: another rank is gone") == 1, job.output()
     report = _read(run / "health" / "hang-report.json")
     assert (report["finding"]["cause"], report["finding"]["rank"]) == ("died", 1), report["line"]
     first, second = _exits(run)
-    assert first["code"] != 0
-    assert (second["code"], second["rank"]) == (76, 1)
+    assert (first["code"], first["kind"], first["rank"]) == (76, "peer", 0)
+    assert re.search(r"another rank is gone .* noticed in phase (step|data|save) of step \d+: ", first["cause"])
+    assert (second["code"], second["kind"], second["rank"]) == (76, "fault", 1)
     assert "died in phase" in second["cause"]
     _wait_for_no_watchdogs(run)

@@ -13,6 +13,7 @@ CODES = {
     errors.MachineError: 77,
     errors.NoProgressError: 79,
     errors.StorageError: 76,
+    errors.PeerGoneError: 76,
 }
 
 

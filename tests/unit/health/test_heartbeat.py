@@ -100,12 +100,12 @@ def test_another_thread_does_not_make_a_hung_rank_look_alive(pair):
     assert reader.read() == before
 
 
-@pytest.mark.parametrize(("fault", "ended"), [(False, Ended.CLEANLY), (True, Ended.BY_A_FAULT)])
-def test_closing_says_how_it_ended_and_keeps_the_place(pair, fault, ended):
+@pytest.mark.parametrize("ended", [Ended.CLEANLY, Ended.BY_A_FAULT, Ended.BY_A_LOST_PEER])
+def test_closing_says_how_it_ended_and_keeps_the_place(pair, ended):
     beat, reader = pair
     beat.enter(Phase.SAVE, 5)
-    beat.close(fault=fault)
-    beat.close(fault=not fault)  # the first word counts
+    beat.close(ended)
+    beat.close(Ended.BY_A_FAULT if ended is Ended.CLEANLY else Ended.CLEANLY)  # the first word counts
     beat.enter(Phase.STEP, 6)
     found = reader.read()
     assert (found.ended, found.phase, found.step) == (ended, Phase.SAVE, 5)

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from dstrain.base.errors import ConfigError, ExitCode, PeerError, StorageError
+from dstrain.base.errors import ConfigError, ExitCode, PeerError, PeerGoneError, StorageError
 from dstrain.base.world import World
 from dstrain.health.outcomes import ADVICE, Ending, clear_exits, ending_of, write_exit
 
@@ -56,6 +56,7 @@ def test_a_new_attempt_clears_the_words_of_the_last_and_nothing_else(tmp_path):
 @pytest.mark.parametrize(
     ("error", "ending"),
     [
+        (PeerGoneError("another rank is gone"), Ending(ExitCode.RETRY_HERE, "peer", "another rank is gone")),
         (StorageError("the disk is full"), Ending(ExitCode.RETRY_HERE, "fault", "the disk is full")),
         (ConfigError("a:\n  b"), Ending(ExitCode.BAD_INPUT, "fault", "a: b")),
         (PeerError("rank 1: x", exit_code=77), Ending(ExitCode.UNHEALTHY_NODE, "peer", "rank 1: x")),

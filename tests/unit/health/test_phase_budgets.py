@@ -12,10 +12,10 @@ BUDGETS = WatchdogConfig().budgets()
 STEPS = st.lists(st.floats(0.001, 1000), min_size=STEPS_TO_LEARN_FROM, max_size=64)
 
 
-def beat(phase, *, longest=0.0, recent=()):
+def beat(phase, *, longest=0.0, recent=(), of=None):
     return Beat(
         counter=2, phase=phase, step=9, stamp_ns=0, ended=Ended.RUNNING,
-        longest_s=tuple(longest if p is phase else 0.0 for p in Phase), recent_steps_s=tuple(recent),
+        longest_s=tuple(longest if p is (of or phase) else 0.0 for p in Phase), recent_steps_s=tuple(recent),
     )  # fmt: skip
 
 
@@ -24,10 +24,17 @@ def test_a_step_gets_five_times_its_median_and_thirty_seconds_at_least():
     assert BUDGETS.allowance_s(beat(Phase.STEP, recent=[10, 20, 300])) == 100.0
 
 
-def test_the_first_steps_may_compile():
-    for known in range(STEPS_TO_LEARN_FROM):
-        assert BUDGETS.allowance_s(beat(Phase.STEP, recent=[0.1] * known)) == 1800.0
+def test_the_first_step_alone_has_the_allowance_for_compiling():
     assert BUDGETS.allowance_s(beat(Phase.FIRST_STEP)) == 1800.0
+    for known in range(5):
+        assert BUDGETS.allowance_s(beat(Phase.STEP, recent=[0.1] * known)) == 30.0
+
+
+@pytest.mark.parametrize(
+    ("recent", "allowed"), [((), 600.0), ((8.0,), 600.0), ((8.0, 130.0), 650.0), ((8.0, 8.0, 9.0), 40.0)]
+)
+def test_until_three_steps_are_known_the_longest_one_with_the_first_stands_for_the_median(recent, allowed):
+    assert BUDGETS.allowance_s(beat(Phase.STEP, longest=120.0, of=Phase.FIRST_STEP, recent=recent)) == allowed
 
 
 @given(STEPS)

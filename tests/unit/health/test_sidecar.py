@@ -9,7 +9,8 @@ import pytest
 
 from dstrain.health.heartbeat import Heartbeat, Phase
 from dstrain.health.incidents import HealthFolder
-from dstrain.health.sidecar import Sidecar, SidecarSettings, _last_crash, main
+from dstrain.health.sidecar import Sidecar, main
+from dstrain.health.sidecar_settings import SidecarSettings
 from dstrain.health.watchdog import WatchdogConfig
 from dstrain.health.watched_process import identify
 
@@ -116,18 +117,11 @@ def test_a_heartbeat_that_goes_on_keeps_the_rank_alive(settings, rank, heartbeat
     sidecar = Sidecar(settings)
     for step in range(20):  # each look finds another step
         heartbeat.enter(Phase.STEP, step)
-        beat = sidecar._heartbeat.read()
-        assert sidecar._facts(beat)["time_in_phase_s"] < 0.1
-        assert sidecar._round(beat, sidecar._facts(beat)) is None
+        facts = sidecar._view.facts(sidecar._view.beat())
+        assert facts["time_in_phase_s"] < 0.1
+        assert sidecar._round(facts) is None
         sidecar._clerk._idle.wait(10)
     heartbeat.close()
     sidecar.run()
     assert rank.poll() is None
     assert not list((tmp_path / "health").glob("incident-*"))
-
-
-def test_the_headline_of_a_crash_is_found(tmp_path):
-    path = tmp_path / "stacks"
-    assert _last_crash(path) == ""
-    path.write_text("noise\nFatal Python error: Segmentation fault\n\nCurrent thread 0x1 (most recent call first):\n")
-    assert _last_crash(path) == "Segmentation fault"

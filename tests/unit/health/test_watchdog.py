@@ -12,7 +12,7 @@ from dstrain.base.errors import StorageError
 from dstrain.base.world import World
 from dstrain.health import heartbeat as heartbeat_module
 from dstrain.health.heartbeat import Phase
-from dstrain.health.sidecar import STACKS_SIGNAL
+from dstrain.health.sidecar_settings import STACKS_SIGNAL
 from dstrain.health.watchdog import SIDECARS_AT_MOST, Watchdog, WatchdogConfig
 from dstrain.health.watched_process import identify
 

@@ -22,14 +22,14 @@ def oversight(folder, **limits):
     return found, stop, told
 
 
-def test_the_first_steps_of_a_process_are_told_apart(tmp_path):
+def test_the_first_step_of_a_process_is_told_apart(tmp_path):
     found, _, told = oversight(tmp_path)
     for step in range(7, 12):
         found.enter("step", step)
         found.on_step(RunState(step=step + 1), None)
     found.enter("evaluate", 12)
-    assert told == [*[("first_step", s) for s in (7, 8, 9)], ("step", 10), ("step", 11), ("evaluate", 12)]
-    assert found.phase == "evaluate"
+    assert told == [("first_step", 7), *[("step", s) for s in (8, 9, 10, 11)], ("evaluate", 12)]
+    assert found.where() == "in phase evaluate of step 12"
 
 
 def test_every_phase_that_a_run_names_is_one_the_heartbeat_knows():
