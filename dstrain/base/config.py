@@ -32,8 +32,46 @@ class Config(BaseModel):
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
+_LIMIT_CHARACTERS = 256 << 10
+_LIMIT_NODES = 20_000
+_LIMIT_DEPTH = 60
+_LIMIT_DIGITS = 64
+_SHOWN_CHARACTERS = 200
+_SHOWN_PROBLEMS = 40
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-4` as a number (YAML 1.2), where YAML 1.1 makes it a string, and refuses double keys."""
+    """SafeLoader that reads `1e-4` as a number (YAML 1.2), where YAML 1.1 makes it a string, and refuses double keys.
+
+    It also refuses what no configuration needs and what grows without limit when it is read: deep nesting, aliases that
+    multiply or contain themselves, numbers of thousands of digits.
+    """
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth += 1
+        if self._depth > _LIMIT_DEPTH:
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, f"nested more than {_LIMIT_DEPTH} levels deep", mark)
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None:
+            _expanded_size(node, {})
+        return node
+
+    def construct_number(self, node: yaml.ScalarNode) -> Any:
+        """An integer or a float of a sensible length."""
+        if len(node.value) > _LIMIT_DIGITS:
+            problem = f"a number of {len(node.value)} characters"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        is_integer = node.tag == "tag:yaml.org,2002:int"
+        return self.construct_yaml_int(node) if is_integer else self.construct_yaml_float(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -47,6 +85,28 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
+
+
+def _expanded_size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Nodes with every alias written out; raises for what contains itself or is too large."""
+    if (size := known.get(id(node))) is not None:
+        if not size:
+            raise yaml.composer.ComposerError(None, None, "an alias that contains itself", node.start_mark)
+        return size
+    known[id(node)] = 0
+    parts = node.value if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        parts = [part for pair in node.value for part in pair]
+    size = 1 + sum(_expanded_size(part, known) for part in parts)
+    if size > _LIMIT_NODES:
+        problem = f"more than {_LIMIT_NODES} values, aliases written out"
+        raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
+    known[id(node)] = size
+    return size
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -66,17 +126,21 @@ def parse_yaml(text: str, *, source: str) -> Any:
     Raises:
         ConfigError: the text is not valid YAML; the message names `source` and the line.
     """
+    if len(text) > _LIMIT_CHARACTERS:
+        raise ConfigError(f"{source}: {len(text)} characters; a configuration has at most {_LIMIT_CHARACTERS}")
     try:
         loader = _Loader(text)  # a SafeLoader: builds plain objects only
         try:
             return loader.get_single_data()
         finally:
             loader.dispose()
+    except ValueError as error:  # of a date that does not exist, for one
+        raise ConfigError(f"{source}: not valid YAML: {shortened(str(error))}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
-        raise ConfigError(f"{source}{where}: not valid YAML: {problem}") from None
+        raise ConfigError(f"{source}{where}: not valid YAML: {shortened(problem)}") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -138,8 +202,8 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         parts = key.strip().split(".")
         if not equals or not all(parts):
-            raise ConfigError(f"override {text!r}: write key.path=value, for example train.max_steps=100")
-        nested: Any = parse_yaml(value, source=f"override {text!r}") if value.strip() else None
+            raise ConfigError(f"override {shortened(text)!r}: write key.path=value, for example train.max_steps=100")
+        nested: Any = parse_yaml(value, source=f"override {shortened(text)!r}") if value.strip() else None
         for part in reversed(parts):
             nested = {part: nested}
         result = merge(result, nested)
@@ -172,7 +236,15 @@ def validate(model: type[ConfigT], data: Mapping[str, Any], *, source: str) -> C
         return model.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
         lines = sorted({_explain(model, problem, data) for problem in error.errors()})
+        if len(lines) > _SHOWN_PROBLEMS:
+            lines = [*lines[:_SHOWN_PROBLEMS], f"... and {len(lines) - _SHOWN_PROBLEMS} more problems"]
         raise ConfigError("\n".join(f"{source}: {line}" for line in lines)) from None
+
+
+def shortened(text: str) -> str:
+    """Text for a message, its middle left out where it is long."""
+    half = _SHOWN_CHARACTERS // 2
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:half]} ... {text[-half:]}"
 
 
 def to_plain(config: BaseModel) -> dict[str, Any]:
@@ -198,7 +270,7 @@ def _explain(model: type[Config], problem: ErrorDetails, data: Mapping[str, Any]
         message = str(problem.get("ctx", {}).get("error", problem["msg"]))
         return f"{key}: {message}" if location else message
     value = problem.get("input")
-    shown = "" if isinstance(value, (dict, list)) and len(str(value)) > 80 else f" (got {value!r})"
+    shown = "" if isinstance(value, (dict, list)) and len(str(value)) > 80 else f" (got {shortened(repr(value))})"
     return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}{shown}"
 
 

@@ -1,6 +1,7 @@
 """A checkpoint's manifest: what it holds, from which run, and the size and hash of every file. Strict JSON, no pickle.
 
-The manifest is written last; a folder without one that checks is not a checkpoint. Format version 1.
+The manifest is written last; a folder without one that checks is not a checkpoint. It carries the hash of its own content, so
+that a damaged number in it is found like a damaged tensor. Format version 2 (version 1 had no such hash).
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from torch import Tensor
 
 from dstrain.base.config import Config
 from dstrain.base.errors import CheckpointError, DataError
-from dstrain.base.storage import read_json
+from dstrain.base.storage import read_json, write_json
 from dstrain.checkpoint.layout import MANIFEST, is_safe_name
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_SEAL = "sha256"
 
 MASTER = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -127,20 +129,49 @@ def model_fingerprint(parameters: Mapping[str, list[int]]) -> str:
     return hashlib.sha256(json.dumps(sorted(parameters.items())).encode()).hexdigest()
 
 
-def read_manifest(folder: Path) -> CheckpointManifest:
-    """Read and check a manifest, its version and its coverage; opens no tensor file.
+def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest's JSON with the hash of what it says under `sha256`; how it is laid out on lines does not matter.
+
+    Guards against damage, not against a forger, who can compute it as well.
+    """
+    plain = json.loads(json.dumps(data))  # as a reader will see it: keys are strings
+    return {**plain, _SEAL: _seal_of(plain)}
+
+
+def _seal_of(data: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in data.items() if key != _SEAL}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_manifest(folder: Path, manifest: CheckpointManifest) -> None:
+    """Write a manifest, sealed, durably.
 
     Raises:
-        CheckpointError: missing, not valid, of another version, or its fragments leave gaps.
+        StorageError: the disk.
     """
-    path = folder / MANIFEST
+    write_json(folder / MANIFEST, sealed(manifest.model_dump(mode="json")))
+
+
+def read_manifest(folder: Path) -> CheckpointManifest:
+    """Read and check a manifest, its version, its hash and its coverage; opens no tensor file.
+
+    Raises:
+        CheckpointError: missing, damaged, not valid, of another version, or its fragments leave gaps.
+    """
     try:
-        data = read_json(path)
+        return parse_manifest(read_json(folder / MANIFEST), folder / MANIFEST)
     except DataError as error:
         raise CheckpointError(str(error)) from None
+
+
+def parse_manifest(data: Any, path: Path | str) -> CheckpointManifest:
+    """Check what was read from a manifest, `path` in messages; raises CheckpointError as `read_manifest` does."""
     version = data.get("format_version") if isinstance(data, dict) else None
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format version {version!r}; this dstrain reads version {FORMAT_VERSION}")
+    if _seal_of(data) != data.get(_SEAL):
+        raise CheckpointError(f"{path}: content differs from its own SHA-256; the file is damaged")
+    del data[_SEAL]
     try:
         manifest = CheckpointManifest.model_validate_json(json.dumps(data))
     except ValidationError as error:
@@ -151,7 +182,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     return manifest
 
 
-def check_coverage(manifest: CheckpointManifest, path: Path) -> None:
+def check_coverage(manifest: CheckpointManifest, path: Path | str) -> None:
     """Raise CheckpointError unless every element of every state of every parameter is stored exactly once."""
     spans: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for file, entry in manifest.files.items():

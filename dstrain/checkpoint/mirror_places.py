@@ -7,6 +7,7 @@ put last and removed first. Every file is read back and hashed before that.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import time
 import uuid
@@ -21,7 +22,7 @@ from dstrain.base.remote import TransientRemoteError
 from dstrain.base.remote_writer import RemoteWriter, is_missing
 from dstrain.base.storage import NewFile, copy_file, make_directory, publish_directory, remove_directory, write_bytes
 from dstrain.checkpoint.layout import MANIFEST, published_steps, staging_folder, step_folder
-from dstrain.checkpoint.manifest import CheckpointManifest, FileEntry, read_manifest
+from dstrain.checkpoint.manifest import CheckpointManifest, FileEntry, parse_manifest, read_manifest
 from dstrain.checkpoint.publish import move_aside
 from dstrain.checkpoint.rank_file import check_from_disk
 from dstrain.checkpoint.reader import Checkpoint
@@ -230,8 +231,8 @@ class StorePlace:
     def _manifest(self, step: int) -> CheckpointManifest | None:
         text = self._text(step)
         try:
-            return None if text is None else CheckpointManifest.model_validate_json(text)
-        except ValueError:
+            return None if text is None else parse_manifest(json.loads(text), MANIFEST)
+        except (ValueError, RecursionError, CheckpointError):
             return None
 
     def _call(self, action: Callable[[], ResultT]) -> ResultT:

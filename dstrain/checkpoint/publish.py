@@ -11,9 +11,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from dstrain.base.errors import CheckpointError
-from dstrain.base.storage import make_directory, publish_directory, rename, write_bytes, write_json, write_text
-from dstrain.checkpoint.layout import MANIFEST, step_folder
-from dstrain.checkpoint.manifest import CheckpointManifest, read_manifest
+from dstrain.base.storage import make_directory, publish_directory, rename, write_bytes, write_text
+from dstrain.checkpoint.layout import step_folder
+from dstrain.checkpoint.manifest import CheckpointManifest, read_manifest, write_manifest
 from dstrain.checkpoint.rank_file import Part, check_from_disk
 from dstrain.checkpoint.reader import Checkpoint
 
@@ -62,7 +62,7 @@ def publish(
         manifest = CheckpointManifest.model_validate(fields, strict=False)
     except ValidationError as error:
         raise CheckpointError(f"{staging.name}: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from None
-    write_json(staging / MANIFEST, manifest.model_dump(mode="json"))
+    write_manifest(staging, manifest)
     Checkpoint(staging, trust_owner=True)  # as a reader will see it: coverage, sizes
     check_owner()
     final = step_folder(folder, int(contents.manifest["step"]))

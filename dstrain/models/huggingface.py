@@ -125,9 +125,10 @@ def load_folder_weights(folder: Path) -> dict[str, Tensor]:
     """All fp32 weights of a Hugging Face folder (safetensors only), under their own names.
 
     Raises:
-        ConfigError: the folder has no safetensors weights (pickled `.bin` files are refused).
+        ConfigError: the folder has no safetensors weights (pickled `.bin` files are refused), or one is damaged.
     """
-    from safetensors.torch import load_file  # noqa: PLC0415  (kept beside its only use)
+    from safetensors import SafetensorError  # noqa: PLC0415  (kept beside its only use)
+    from safetensors.torch import load_file  # noqa: PLC0415
 
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -136,7 +137,11 @@ def load_folder_weights(folder: Path) -> dict[str, Tensor]:
         )
     weights: dict[str, Tensor] = {}
     for file in files:
-        weights.update({name: tensor.float() for name, tensor in load_file(str(file)).items()})
+        try:
+            loaded = load_file(str(file))
+        except (SafetensorError, OSError, ValueError, KeyError, OverflowError, RuntimeError) as error:
+            raise ConfigError(f"{file}: not a whole safetensors file: {error}") from None
+        weights.update({name: tensor.float() for name, tensor in loaded.items()})
     return weights
 
 
@@ -242,7 +247,7 @@ def _configuration(
     """What a person typed, over what came with a model; only the former is checked for unknown names."""
     fields = {**architecture, **typed}
     model_type = fields.pop("model_type", None)
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ConfigError(
             f"model.config.model_type: {model_type!r} is not known to transformers (bert, roberta, modernbert, ...)"
         )

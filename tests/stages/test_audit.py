@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from dstrain.checkpoint.manifest import sealed
 from dstrain.cli.main import main
 from dstrain.corpus.build import ShardBuildConfig, build_shards
 from dstrain.data.reader import ShardDataset
@@ -157,7 +158,7 @@ def test_a_checkpoint_that_says_another_ledger_is_named(copy: Path, capsys: pyte
     path = copy / f"run/checkpoints/step-{STEPS:08d}/manifest.json"
     manifest = json.loads(path.read_text())
     manifest["state"]["ledger"] = 12345
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(sealed(manifest)))
     report = audit(capsys, copy)
     assert any(f"step {STEPS}" in problem and "12345" in problem for problem in report["problems"])
 

@@ -14,7 +14,7 @@ from dstrain.base.file_operations import FileOperations, operations_replaced
 from dstrain.base.remote import TransientRemoteError
 from dstrain.base.remote_writer import RemoteWriter
 from dstrain.checkpoint import mirror_places
-from dstrain.checkpoint.manifest import read_manifest
+from dstrain.checkpoint.manifest import read_manifest, sealed
 from dstrain.checkpoint.mirror_places import FolderPlace, MirrorPlace, StorePlace, open_place
 from tests.support.object_stores import object_store
 from tests.support.tiny_checkpoints import content, save
@@ -126,7 +126,7 @@ def test_a_hostile_manifest_names_no_file_outside(
     put(there, source, 3)
     manifest = json.loads((source / "step-00000003" / "manifest.json").read_text())
     manifest["files"]["../../escaped"] = manifest["files"].pop("config.yaml")
-    deface("manifest.json", json.dumps(manifest).encode())
+    deface("manifest.json", json.dumps(sealed(manifest)).encode())
     (tmp_path / "a" / "back").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="refused file name"):
         there.get(3, tmp_path / "a" / "back")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from dstrain.base.errors import CheckpointError
 from dstrain.base.storage import file_sha256
-from dstrain.checkpoint.manifest import MOMENTS, Fragment, model_fingerprint
+from dstrain.checkpoint.manifest import MOMENTS, Fragment, model_fingerprint, sealed
 from dstrain.checkpoint.reader import Checkpoint, newest_valid
 from tests.support.tiny_checkpoints import SHAPES, content, fragments_of, manifest_of, save, state_of, writer_of
 
@@ -97,7 +97,7 @@ def test_numbers_that_are_not_fp32_are_refused_when_read(folder: Path) -> None:
     manifest = folder / "step-00000008" / "manifest.json"
     data = json.loads(manifest.read_text())
     data["files"][TENSORS] |= {"size_bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    manifest.write_text(json.dumps(data))
+    manifest.write_text(json.dumps(sealed(data)))
     checkpoint = Checkpoint(folder / "step-00000008")
     checkpoint.verify()
     with pytest.raises(CheckpointError, match=r"encoder\.bias fp32 is not 2 fp32 numbers"):
@@ -145,7 +145,7 @@ def of_the_other_step(path: Path) -> None:
 def hostile_name(path: Path) -> None:
     data = json.loads(path.read_text())
     data["files"]["../step-00000004/config.yaml"] = data["files"].pop("config.yaml")
-    path.write_text(json.dumps(data))
+    path.write_text(json.dumps(sealed(data)))
 
 
 def garbage(path: Path) -> None:
@@ -153,7 +153,7 @@ def garbage(path: Path) -> None:
 
 
 def of_a_later_version(path: Path) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
+    path.write_text(json.dumps(sealed({**json.loads(path.read_text()), "format_version": 99})))
 
 
 DAMAGE: list[tuple[str, Callable[[Path], None]]] = [

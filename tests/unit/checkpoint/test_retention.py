@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dstrain.base.errors import StorageError
 from dstrain.checkpoint import retention
+from dstrain.checkpoint.manifest import sealed
 from dstrain.checkpoint.reader import newest_valid
 from dstrain.checkpoint.retention import Kept, Retention, set_aside_newer, steps_to_delete
 from tests.support.tiny_checkpoints import content, save
@@ -55,7 +56,7 @@ def rule(folder: Path, *, last: int = 1, every: int | None = None) -> Retention:
 def unverified(folder: Path) -> None:
     """As a writer without verify_after_write leaves it."""
     path = folder / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "read_back": False}))
+    path.write_text(json.dumps(sealed({**json.loads(path.read_text()), "read_back": False})))
 
 
 def test_saving_keeps_the_newest_and_the_best(tmp_path: Path) -> None:

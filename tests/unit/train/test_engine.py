@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dstrain.base.control import ControlPlane
-from dstrain.base.errors import ConfigError, DataError, MachineError
+from dstrain.base.errors import ConfigError, DataError
 from dstrain.base.protocols import IGNORED_LABEL, Interrupted, LossParts, MicroBatch, StepFlags
 from dstrain.checkpoint.fragments import EngineState
 from dstrain.health.guards import GuardConfig, Guards
