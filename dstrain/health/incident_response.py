@@ -20,7 +20,8 @@ from dstrain.health.clerk import Clerk
 from dstrain.health.hang_report import Facts, describe, find_suspect, main_frames
 from dstrain.health.heartbeat import Beat, Ended
 from dstrain.health.incidents import HealthFolder
-from dstrain.health.outcomes import write_exit
+from dstrain.health.network_view import REACH_S, NetworkView
+from dstrain.health.outcomes import Kind, write_exit
 from dstrain.health.rank_view import RankView
 from dstrain.health.sidecar_settings import STACKS_SIGNAL, SidecarSettings
 from dstrain.health.traces import last_crash, oom_kills, tail
@@ -39,6 +40,7 @@ class IncidentResponse:
         self._settings, self._view, self._folder, self._clerk = settings, view, folder, clerk
         self._exit_file = Path(settings.run_folder) / "exit" / f"rank-{settings.rank:05d}.json"
         self._exit_before = self._exit_mark()
+        self._network = NetworkView(settings.meeting_point)
         self._oom_kills = oom_kills()
 
     def left(self, beat: Beat) -> None:
@@ -77,7 +79,7 @@ class IncidentResponse:
         facts = {**facts, "ended": "died"}
         self._do(lambda: self._folder.publish(self._settings.rank, facts))
         self._announce(alarm_of("left" if left else "died", left or facts, left["detail"] if left else detail))
-        self._leave_exit_file(ExitCode.RETRY_HERE, detail, beat.step)
+        self._leave_exit_file(ExitCode.RETRY_HERE, detail, beat.step, kind="peer" if left else "fault")
 
     def _first_that_left(self) -> dict[str, Any] | None:
         """A peer that left with a fault before: then a launcher has ended this rank, and that peer is the cause."""
@@ -120,8 +122,10 @@ class IncidentResponse:
             say(line)
         self._view.process.signal(signal.SIGKILL)
         end(children)
-        mine = finding["is_the_nodes"] and finding["rank"] == settings.rank
-        self._leave_exit_file(ExitCode.UNHEALTHY_NODE if mine else ExitCode.RETRY_HERE, line, beat.step)
+        theirs = finding["rank"] not in (None, settings.rank)
+        own_node = finding["is_the_nodes"] and not theirs
+        code = ExitCode.UNHEALTHY_NODE if own_node else ExitCode.RETRY_HERE
+        self._leave_exit_file(code, line, beat.step, kind="peer" if theirs else "fault")
         ended = "killed" if self._view.process.wait(settings.kill_s) else "cannot be killed: it is in a device wait"
         self._do(lambda: self._folder.publish(settings.rank, {**facts, "ended": ended}))
         return True
@@ -137,6 +141,7 @@ class IncidentResponse:
         """On the clerk's thread: wait for every rank's facts, then find the suspect; the first report is everybody's."""
         ranks = range(self._settings.world_size)
         facts["frames"] = self._frames(deadline - 1.5) if facts["state"] not in ("T", "t") else []
+        facts |= self._network.facts(timeout_s=min(REACH_S, self._settings.report_s / 4))
         self._folder.publish(self._settings.rank, facts)
         number = int(alarm["number"])
         while True:
@@ -170,14 +175,14 @@ class IncidentResponse:
             say(line)
         return report
 
-    def _leave_exit_file(self, code: ExitCode, cause: str, step: int) -> None:
+    def _leave_exit_file(self, code: ExitCode, cause: str, step: int, *, kind: Kind) -> None:
         """Say how the rank ended, unless it has said so itself."""
         world = World(rank=self._settings.rank, size=self._settings.world_size)
         folder = Path(self._settings.run_folder)
 
         def leave() -> None:
             if self._exit_mark() == self._exit_before:
-                write_exit(folder, world, code=code, cause=cause, step=step)
+                write_exit(folder, world, code=code, cause=cause, step=step, kind=kind)
 
         self._do(leave)
 

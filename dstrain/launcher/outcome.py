@@ -35,6 +35,8 @@ class RankExit:
     step: int | None
     host: str
     world_size: int
+    kind: str = ""
+    """`health.outcomes.Kind`."""
 
 
 @dataclass(frozen=True)
@@ -74,22 +76,29 @@ def judge(exits: Sequence[RankExit], *, launcher_code: int, expected: bool) -> O
     """
     if not exits:
         return _without_files(launcher_code, expected=expected)
-    for code in _WEIGHT:
-        if said := [left for left in exits if left.code is code]:
-            return _outcome(code, said)
+    if found := _first_said(exits, _WEIGHT):
+        return found
     world = max(left.world_size for left in exits)
     silent = tuple(sorted(set(range(world)) - {left.rank for left in exits}))
     if silent:
         shown = ", ".join(map(str, silent[:8])) + (", ..." if len(silent) > 8 else "")
         others = next((f"; rank {left.rank} said: {left.cause}" for left in exits if left.code not in GRACEFUL), "")
         return Outcome(None, f"rank {shown} ended without a word (killed, or out of memory){others}", silent)
-    for code in (ExitCode.RETRY_HERE, ExitCode.DEFECT):
-        if said := [left for left in exits if left.code is code]:
-            return _outcome(code, said)
+    if found := _first_said(exits, (ExitCode.RETRY_HERE, ExitCode.DEFECT)):
+        return found
     for code in (ExitCode.SAVED_END, ExitCode.SAVED_REQUEUE):
         if said := [left for left in exits if left.code is code]:
             return _saved(code, said)
     return Outcome(ExitCode.COMPLETE, "complete")
+
+
+def _first_said(exits: Sequence[RankExit], codes: Sequence[ExitCode]) -> Outcome | None:
+    """The first of the codes that a rank gives for a fault of its own; else one that ranks give for another's."""
+    for words in ([left for left in exits if left.kind != "peer"], exits):
+        for code in codes:
+            if said := [left for left in words if left.code is code]:
+                return _outcome(code, said)
+    return None
 
 
 def _saved(code: ExitCode, said: Sequence[RankExit]) -> Outcome:
@@ -120,4 +129,5 @@ def _rank_exit(data: Any) -> RankExit:
         step=None if step is None else int(step),
         host=str(data.get("host", "")),
         world_size=int(data["world_size"]),
+        kind=str(data.get("kind", "")),
     )

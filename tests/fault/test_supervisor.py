@@ -309,8 +309,10 @@ def test_a_real_run_with_a_killed_rank_finishes_with_the_ledger_of_the_undisturb
         launched.kill()
         launched.wait()
     records = read_history(run)
-    assert [r.code for r in records] == [76, 0], log.read_text()  # the watchdog beside the killed rank left its word
-    assert 1 in records[0].ranks_at_fault
+    # The watchdog beside the killed rank leaves a word, 76, unless the launcher is faster and ends it, too.
+    assert [r.code for r in records] in ([76, 0], [None, 0]), log.read_text()
+    assert records[0].ranks_at_fault == (1,), log.read_text()
+    assert "Traceback" not in log.read_text()
     assert records[1].checkpoint_before >= 4
     assert [p.pid for r in records for p in ProcessGroup(r.mark).members()] == []
     ours, theirs = step_events(run), step_events(tmp_path / "calm")

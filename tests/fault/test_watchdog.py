@@ -121,7 +121,7 @@ def test_a_rank_that_hangs_is_named_and_all_are_ended(
         report = ranks.report()
         assert (report["finding"]["cause"], report["finding"]["rank"]) == (cause, 1), report
         assert report["finding"]["host"] == os.uname().nodename
-        assert [e["code"] for e in ranks.exits()] == [76, code, 76]
+        assert [(e["code"], e["kind"]) for e in ranks.exits()] == [(76, "peer"), (code, "fault"), (76, "peer")]
         assert {e["cause"] for e in ranks.exits()} == {report["line"]}
         logged = ranks.job.output()
         assert logged.count("dstrain watchdog: ") == 1
@@ -162,7 +162,8 @@ def test_a_rank_that_dies_takes_the_waiting_ones_with_it(tmp_path: Path, mischie
         assert (report["finding"]["cause"], report["finding"]["rank"]) == ("died", 0)
         assert said in report["finding"]["reason"]
         first, second = ranks.exits()
-        assert (first["code"], second["code"]) == (76, 76)
+        assert (first["code"], first["kind"]) == (76, "fault")
+        assert (second["code"], second["kind"]) == (76, "peer")
         assert (first["step"], second["step"]) == (4, 4)
         assert "process" in first["cause"]
         assert said in second["cause"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -73,3 +74,22 @@ def test_a_stop_is_deliberate_unless_only_a_signal_or_a_lost_launcher_was_its_re
 )
 def test_without_files_a_launcher_is_believed_but_not_its_zero(launcher: int, expected: bool, code: int | None) -> None:
     assert judge([], launcher_code=launcher, expected=expected).code == code
+
+
+@pytest.mark.parametrize(
+    ("codes", "kinds", "expected", "ranks"),
+    [
+        ((76, 76), ("peer", "fault"), 76, (1,)),  # one died, the other missed it
+        ((76, 1), ("peer", "defect"), 1, (1,)),
+        ((77, 77, 77), ("peer", "fault", "peer"), 77, (1,)),  # a fault that all have agreed on
+        ((76, 76), ("peer", "peer"), 76, (0, 1)),  # cut off from each other
+        ((75, 76), ("request", "peer"), 76, (1,)),
+        ((76, None), ("peer", ""), None, (1,)),
+    ],
+)
+def test_who_only_suffered_from_another_rank_is_not_to_blame(
+    codes: tuple[int | None, ...], kinds: tuple[str, ...], expected: int | None, ranks: tuple[int, ...]
+) -> None:
+    exits = [dataclasses.replace(left, kind=kinds[left.rank]) for left in _exits(*codes)]
+    found = judge(exits, launcher_code=1, expected=True)
+    assert (found.code, found.ranks) == (expected, ranks)
