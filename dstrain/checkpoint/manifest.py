@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 
 from dstrain.base.config import Config
@@ -60,6 +60,8 @@ class FileEntry(Config):
 
 class CheckpointManifest(Config):
     """All there is to know about a checkpoint without opening its tensors."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")  # a counter that is no number stays what it is
 
     format: Literal["dstrain-checkpoint"] = "dstrain-checkpoint"
     """Says what the file is."""

@@ -161,7 +161,7 @@ def test_no_flipped_bit_changes_what_is_read(tmp_path_factory: pytest.TempPathFa
 
 
 def test_what_is_written_is_read_back_numbers_that_are_none_included(tmp_path: Path) -> None:
-    manifest = read_manifest(written(tmp_path, state={"loss": float("nan"), "best": float("inf"), "name": "é"}))
+    manifest = read_manifest(written(tmp_path, state={"best": float("inf"), "loss": float("nan"), "name": "é"}))
     write_manifest(tmp_path, manifest)
     assert repr(read_manifest(tmp_path)) == repr(manifest)
 
