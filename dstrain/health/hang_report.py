@@ -1,8 +1,9 @@
 """Who holds the others up: the suspect of an incident, from what every rank's watchdog said. Pure.
 
 The rank that waits is the one that notices; the one that hangs is another. Evidence in this order: a process that is gone;
-a watchdog that does not answer (its host is down, paused or cut off); a stopped process; the rank that is behind in step and phase;
-and among ranks at the same place, the one whose stack is not in a collective. When nothing tells them apart, none is named.
+a watchdog that does not answer (its host is down, paused or cut off); a stopped process; where all wait in collectives, the
+host whose link went down or that alone is out of reach; the rank that is behind in step and phase; and among ranks at the same
+place, the one whose stack is not in a collective. When nothing tells them apart, none is named.
 Standard library only.
 """
 
@@ -22,7 +23,7 @@ Facts = Mapping[str, Any]
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.+)$')
 _COLLECTIVE = ("torch/distributed/", "deepspeed/comm/", "base/control.py")
 _INNERMOST = 8
-_NODE_CAUSES = frozenset({"stopped", "silent", "hung"})
+_NODE_CAUSES = frozenset({"stopped", "silent", "network", "hung"})
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Finding:
     """What an incident comes from."""
 
     cause: str
-    """died, left, silent, stopped, storage, hung, or unknown."""
+    """died, left, silent, stopped, network, storage, hung, or unknown."""
     rank: int | None
     """The suspect."""
     host: str
@@ -69,7 +70,28 @@ def find_suspect(alarm: Facts, ranks: Sequence[Facts | None]) -> Finding:
         return _finding(
             "stopped", stopped[0], f"its process is stopped (state {stopped[0]['state']}) {_where(stopped[0])}"
         )
-    return _behind(known)
+    return _cut_off(known) or _behind(known)
+
+
+def _cut_off(known: Sequence[Facts]) -> Finding | None:
+    """The host that the network has lost, when every rank waits for another."""
+    if any(f.get("frames") and not in_collective(f["frames"]) for f in known):
+        return None
+    lost = [f for f in known if f.get("lost_links")]
+    if len({f.get("host") for f in lost}) == 1:
+        links = ", ".join(lost[0]["lost_links"])
+        return _finding("network", lost[0], f"the link {links} of its host has gone down, {_where(lost[0])}")
+    away = [f for f in known if f.get("reaches_meeting_point") is False]
+    there = [f for f in known if f not in away]
+    hosts_away, hosts_there = sorted({str(f.get("host")) for f in away}), sorted({str(f.get("host")) for f in there})
+    if not hosts_away or not hosts_there:
+        return None
+    if len(hosts_away) == 1 and len(hosts_there) > 1:
+        return _finding("network", away[0], f"its host alone does not reach the meeting point, {_where(away[0])}")
+    if len(hosts_there) == 1 and len(hosts_away) > 1:
+        return _finding("network", there[0], f"no other host reaches its host, the meeting point, {_where(there[0])}")
+    reason = f"{_list(hosts_away)} and {_list(hosts_there)} do not reach each other, {_where(away[0])}"
+    return Finding("network", None, "", reason)
 
 
 def _behind(known: Sequence[Facts]) -> Finding:
@@ -146,5 +168,8 @@ def _where(facts: Facts) -> str:
 
 
 def _names(ranks: Sequence[int]) -> str:
-    shown = ", ".join(str(r) for r in ranks[:8]) + (", ..." if len(ranks) > 8 else "")
-    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
+    return f"rank{'s' if len(ranks) > 1 else ''} {_list(ranks)}"
+
+
+def _list(items: Sequence[object]) -> str:
+    return ", ".join(map(str, items[:8])) + (", ..." if len(items) > 8 else "")

@@ -33,6 +33,8 @@ class SidecarSettings:
     report_s: float
     kill_s: float
     peer_grace_s: float
+    meeting_point: tuple[str, int] | None = None
+    """Host and port where the ranks have met, when there are several hosts."""
 
     def to_plain(self) -> dict[str, Any]:
         """As JSON-able data."""
@@ -41,4 +43,6 @@ class SidecarSettings:
     @classmethod
     def from_plain(cls, data: Mapping[str, Any]) -> SidecarSettings:
         """Back from `to_plain`."""
-        return cls(**{**data, "budgets": PhaseBudgets(**data["budgets"])})
+        meeting_point = data.get("meeting_point")
+        kept = {**data, "budgets": PhaseBudgets(**data["budgets"])}
+        return cls(**{**kept, "meeting_point": None if meeting_point is None else (meeting_point[0], meeting_point[1])})

@@ -114,7 +114,7 @@ class Watchdog:
             self._settings = SidecarSettings(
                 run_folder=str(self._run_folder.absolute()), rank=self._world.rank, world_size=self._world.size, pid=me.pid,
                 started=me.started, descriptor=self.heartbeat.descriptor, job=folder.job, first=folder.first,
-                budgets=self._config.budgets(), **timing,
+                meeting_point=_meeting_point(self._world), budgets=self._config.budgets(), **timing,
             )  # fmt: skip
             self._start_sidecar(self._settings)
         return self
@@ -190,3 +190,7 @@ def _ended(error: BaseException | None) -> Ended:
     if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
         return Ended.CLEANLY
     return Ended.BY_A_LOST_PEER if isinstance(error, PeerGoneError) else Ended.BY_A_FAULT
+
+
+def _meeting_point(world: World) -> tuple[str, int] | None:
+    return None if world.is_on_one_host else (world.master_addr, world.master_port)

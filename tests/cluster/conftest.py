@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.support.cluster import Lab, LabError, missing
+from tests.support.cluster_runs import ClusterRun, Result
+from tests.support.runs import build_tiny_shards, pretrain_job
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +30,18 @@ def lab(_lab: Lab) -> Iterator[Lab]:
     """Two idle nodes and a login node."""
     yield _lab
     _lab.mend()
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Read-only."""
+    return build_tiny_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Result:
+    """What two ranks come to that nobody disturbs, on this machine."""
+    run = ClusterRun.prepare(tmp_path_factory.mktemp("undisturbed"), shards)
+    with pretrain_job(run.config, world_size=2) as job:
+        job.succeed()
+    return run.result()

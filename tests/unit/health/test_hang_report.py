@@ -70,6 +70,31 @@ def test_a_watchdog_that_does_not_answer_is_the_cause_before_all_others(silent):
     assert "the watchdog of rank 1 does not answer" in found.reason
 
 
+def test_a_host_whose_link_went_down_is_named_though_all_ranks_wait_alike():
+    found = find_suspect(HUNG, [facts(0, step=8, lost_links=[]), facts(1, lost_links=["eth0"])])
+    assert (found.cause, found.rank, found.host, found.is_the_nodes) == ("network", 1, "n1", True)
+    assert "the link eth0 of its host has gone down" in found.reason
+
+
+@pytest.mark.parametrize(("away", "suspect"), [({2}, 2), ({1, 2}, 0), ({1}, 1)])
+def test_of_three_hosts_the_one_that_is_out_of_the_others_reach_is_named(away, suspect):
+    found = find_suspect(HUNG, [facts(r, reaches_meeting_point=r not in away) for r in range(3)])
+    assert (found.cause, found.rank, found.is_the_nodes) == ("network", suspect, True)
+
+
+def test_between_two_hosts_that_do_not_reach_each_other_neither_is_named():
+    found = find_suspect(HUNG, [facts(0, reaches_meeting_point=True), facts(1, reaches_meeting_point=False)])
+    assert (found.cause, found.rank, found.is_the_nodes) == ("network", None, False)
+    assert "n1 and n0 do not reach each other" in found.reason
+
+
+@pytest.mark.parametrize("view", [{"lost_links": ["ib0"]}, {"reaches_meeting_point": False}])
+def test_the_network_is_not_blamed_when_all_hosts_see_the_same_or_a_rank_waits_in_no_collective(view):
+    assert find_suspect(HUNG, [facts(0, **view), facts(1, **view)]).cause == "unknown"
+    found = find_suspect(HUNG, [facts(0, **view), facts(1, frames=COMPUTING), facts(2)])
+    assert (found.cause, found.rank) == ("hung", 1)
+
+
 def test_a_rank_that_has_finished_is_neither_silent_nor_behind():
     done = facts(1, step=1, acknowledged=None, ended="cleanly")
     found = find_suspect(HUNG, [facts(0), done, facts(2, phase="save")])
