@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dstrain.base.errors import ConfigError
+from dstrain.base.errors import ConfigError, ExitCode
 
 if TYPE_CHECKING:
     from dstrain.launcher.hosts import Host
@@ -28,7 +28,8 @@ examples:
 Restarts the real launcher from the newest valid checkpoint when ranks crash or are killed, and cleans up what it started
 and nothing else. Stops when the run is complete (0), was asked to stop and has saved (75, 82), cannot go on (78, 80, 81),
 or makes no progress three times in a row (79; the last time from one checkpoint further back). SIGTERM, SIGINT, SIGUSR1
-and SIGUSR2 reach the ranks, which save and leave. History: supervisor.json in the run folder; output: logs/attempt-*.log.
+and SIGUSR2 reach the ranks, which save and leave; what SLURM sends to the ranks of srun itself counts the same. History:
+supervisor.json in the run folder; output: logs/attempt-*.log, under srun one more for each rank.
 """
 
 
@@ -54,6 +55,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
                         help="leave unhealthy hosts out as long as this many ranks remain; default: never")  # fmt: skip
     parser.add_argument("--grace", type=float, default=120.0, metavar="SECONDS",
                         help="time for the ranks to save when asked to stop (default 120)")  # fmt: skip
+    parser.add_argument("--unhealthy-hosts", type=Path, metavar="FILE",
+                        help="write the hosts that code 77 is about there, separated by commas, as scontrol takes them")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the exact command and environment, start nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the configuration")
     parser.set_defaults(run=_run, more_into="overrides")
@@ -78,7 +81,19 @@ def _run(args: argparse.Namespace) -> int:
         print(show_plan(command, policy), end="")
         return 0
     make_private(job.run_folder)
-    return int(Supervisor(job, policy, say=_say, out=sys.stdout.buffer).run())
+    code = Supervisor(job, policy, say=_say, out=sys.stdout.buffer).run()
+    if args.unhealthy_hosts is not None:
+        _write_unhealthy_hosts(args.unhealthy_hosts, job.run_folder if code == ExitCode.UNHEALTHY_NODE else None)
+    return int(code)
+
+
+def _write_unhealthy_hosts(path: Path, run_folder: Path | None) -> None:
+    from dstrain.base.storage import write_text
+    from dstrain.launcher.history import read_history
+    from dstrain.launcher.hosts import check_host
+
+    hosts = read_history(run_folder)[-1].hosts_at_fault if run_folder is not None else ()
+    write_text(path, ",".join(check_host(host) for host in hosts) + "\n")
 
 
 def _say(text: str) -> None:

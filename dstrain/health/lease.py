@@ -1,7 +1,8 @@
 """One job per run folder: numbered lease files that are only ever added, and a heartbeat that only its owner writes.
 
 The second job refuses, naming the first one's host, process, job and heartbeat age. A lease whose owner is provably dead
-(same machine, no such process) or silent for long (another machine) is taken over. Held by rank 0 for the whole job.
+(same machine, no such process), was an earlier start of the same SLURM job, or is silent for long (another machine) is taken
+over. Held by rank 0 for the whole job.
 
 How it works, and why a paused former owner does no harm. `lease/00000007.json` says who owned the folder in epoch 7; the
 owner is the highest epoch. Taking the folder means making the next number's file, whole and exclusively (a hard link):
@@ -25,6 +26,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -66,7 +68,7 @@ class RunLease:
             "machine": this_machine(),
             "pid": os.getpid(),
             "process_started": process.started if process is not None else 0,
-            "job": os.environ.get("SLURM_JOB_ID", ""),
+            **_slurm_job(os.environ),
         }
         self._beats = 0
         self._beating = threading.Lock()
@@ -147,7 +149,9 @@ class RunLease:
         owner = _parse(data)
         if not owner or owner.get("released"):
             return
-        if owner.get("machine") == this_machine():
+        if _is_an_earlier_start(owner, self._identity):
+            alive = False
+        elif owner.get("machine") == this_machine():
             alive = ProcessId(owner["pid"], owner["process_started"]).is_alive
         elif not self._patient and abs(self._heartbeat_age_s(epoch)) < SILENT_AFTER_S:
             alive = True  # by clocks that may differ: good enough to leave it alone, never to take it away
@@ -248,6 +252,26 @@ def this_machine() -> str:
         return socket.gethostname()
 
 
+def _slurm_job(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Which start of which SLURM job this is; an empty job outside of SLURM."""
+    restart = environment.get("SLURM_RESTART_COUNT", "0")
+    return {
+        "cluster": environment.get("SLURM_CLUSTER_NAME", ""),
+        "job": environment.get("SLURM_JOB_ID", ""),
+        "restart": int(restart) if restart.isdecimal() else 0,
+    }
+
+
+def _is_an_earlier_start(owner: dict[str, Any], mine: dict[str, Any]) -> bool:
+    """Whether SLURM has requeued the owner's job to make this one of it.
+
+    It starts a job again only when it has ended the start before, or has given up its node. What still runs there, cut
+    off, publishes nothing any more: its epoch is over.
+    """
+    same = bool(mine["job"]) and all(owner.get(name) == mine[name] for name in ("cluster", "job"))
+    return same and owner["restart"] < mine["restart"]
+
+
 def _read(path: Path) -> bytes | None:
     try:
         return path.read_bytes()
@@ -261,7 +285,7 @@ def _parse(data: bytes) -> dict[str, Any]:
     """The fields of a file; empty when it cannot be one of ours, which is as good as dead."""
     try:
         found = json.loads(data)
-        numbers = {name: int(found.get(name, 0)) for name in ("pid", "process_started")}
+        numbers = {name: int(found.get(name, 0)) for name in ("pid", "process_started", "restart")}
         return {**found, **numbers}
     except (ValueError, TypeError, AttributeError):
         return {}

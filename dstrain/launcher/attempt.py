@@ -20,7 +20,7 @@ import psutil
 from dstrain.base.errors import StorageError
 from dstrain.launcher.outcome import GRACEFUL, read_exits
 from dstrain.launcher.policy import RestartPolicy
-from dstrain.launcher.process_group import ProcessGroup, send
+from dstrain.launcher.process_group import ProcessGroup, ask
 from dstrain.launcher.stop_signals import StopSignals
 
 _POLL_S = 0.1
@@ -123,7 +123,7 @@ class Attempt:
             self._say(f"{last.name}: asking the ranks to save and leave; they have {self._deadline - now:.0f} s")
         for rank in self.group.to_ask():  # also those that appear only now
             if self._asked.get(rank, 0) < requests:
-                send(rank, signal.SIGTERM if last == signal.SIGHUP else last)  # ranks know no SIGHUP
+                ask(rank, signal.SIGTERM if last == signal.SIGHUP else last)  # ranks know no SIGHUP
                 self._asked[rank] = requests
         if self._deadline is not None and now > self._deadline:
             self._say("the time is up: killing what has not left")

@@ -66,13 +66,16 @@ def read_exits(run_folder: Path) -> tuple[RankExit, ...]:
     return tuple(found[rank] for rank in sorted(found))
 
 
-def judge(exits: Sequence[RankExit], *, launcher_code: int, expected: bool) -> Outcome:
+def judge(
+    exits: Sequence[RankExit], *, launcher_code: int, expected: bool, signals_are_requests: bool = False
+) -> Outcome:
     """One outcome for all ranks.
 
     Args:
         exits: of this attempt only.
         launcher_code: 0 to 255; believed only where ranks say nothing.
         expected: whether this stage leaves exit files; then a launcher's 0 without any is not believed.
+        signals_are_requests: whether a signal that only ranks got was meant; SLURM speaks to job steps that way.
     """
     if not exits:
         return _without_files(launcher_code, expected=expected)
@@ -88,7 +91,7 @@ def judge(exits: Sequence[RankExit], *, launcher_code: int, expected: bool) -> O
         return found
     for code in (ExitCode.SAVED_END, ExitCode.SAVED_REQUEUE):
         if said := [left for left in exits if left.code is code]:
-            return _saved(code, said)
+            return _saved(code, said, signals_are_requests=signals_are_requests)
     return Outcome(ExitCode.COMPLETE, "complete")
 
 
@@ -101,10 +104,10 @@ def _first_said(exits: Sequence[RankExit], codes: Sequence[ExitCode]) -> Outcome
     return None
 
 
-def _saved(code: ExitCode, said: Sequence[RankExit]) -> Outcome:
+def _saved(code: ExitCode, said: Sequence[RankExit], *, signals_are_requests: bool) -> Outcome:
     """A stop that was obeyed; ranks that only joined in give the code's name, or nothing, as their cause."""
     causes = {left.cause for left in said} - {code.name.lower(), "complete", ""}
-    stray = any(cause.startswith("SIG") or cause == LAUNCHER_GONE for cause in causes)
+    stray = LAUNCHER_GONE in causes or (not signals_are_requests and any(cause.startswith("SIG") for cause in causes))
     return Outcome(code, ", ".join(sorted(causes)) or "asked to stop", deliberate=not stray)
 
 

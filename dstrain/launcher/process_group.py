@@ -82,7 +82,7 @@ class ProcessGroup:
         while self.members():
             for rank in self.to_ask():
                 if rank not in asked:
-                    send(rank, signal.SIGTERM)
+                    ask(rank, signal.SIGTERM)
                     asked.add(rank)
             if time.monotonic() > deadline or hurry():
                 return self.kill()
@@ -97,6 +97,12 @@ class ProcessGroup:
             return process if process.environ().get(TOKEN) == self.token else None
         except (OSError, psutil.Error):
             return None
+
+
+def ask(process: psutil.Process, number: signal.Signals) -> None:
+    """Ask a process to stop; srun, which takes SIGTERM for "kill the ranks at once", is told to pass SIGUSR1 on to them."""
+    with suppress(psutil.Error):
+        send(process, signal.SIGUSR1 if process.name() == "srun" else number)
 
 
 def send(process: psutil.Process, number: signal.Signals) -> None:

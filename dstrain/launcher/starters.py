@@ -73,8 +73,9 @@ class Command:
 
 
 def build_command(
-    layout: Layout, arguments: Sequence[str], *, port: int, hostfile: Path | None = None, folder: str = ""
-) -> Command:
+    layout: Layout, arguments: Sequence[str], *, port: int, hostfile: Path | None = None, folder: str = "",
+    rank_logs: Path | None = None,
+) -> Command:  # fmt: skip
     """The command that starts one attempt.
 
     Args:
@@ -83,6 +84,8 @@ def build_command(
         port: free TCP port of the rendezvous.
         hostfile: where the layout's hosts are written for `deepspeed`; needed when it has hosts.
         folder: working folder, which pdsh names to a remote shell.
+        rank_logs: beginning of the path of a file for each rank's output (see `rank_log`), where the launcher can write
+            such files, which is srun; None leaves all output in one stream.
 
     Raises:
         ConfigError: a value that cannot be passed on safely, or a layout that the launcher cannot start.
@@ -101,11 +104,16 @@ def build_command(
         for word in (*words, folder, sys.executable):
             _check_remote(word)
         launcher = _deepspeed_hosts(layout, hostfile, port)
+    elif layout.starter == "srun":
+        launcher = _srun(layout, rank_logs)
     else:
-        launcher = {"python": _python, "deepspeed": _deepspeed, "torchrun": _torchrun, "srun": _srun}[layout.starter](
-            layout, port
-        )
+        launcher = {"python": _python, "deepspeed": _deepspeed, "torchrun": _torchrun}[layout.starter](layout, port)
     return Command((*launcher, *words), added, removed)
+
+
+def rank_log(rank_logs: Path, rank: int) -> Path:
+    """The file of one rank's output."""
+    return rank_logs.with_name(f"{rank_logs.name}-rank-{rank:05d}.log")
 
 
 def check_word(word: str) -> str:
@@ -182,11 +190,17 @@ def _torchrun(layout: Layout, port: int) -> list[str]:
     ]  # fmt: skip
 
 
-def _srun(layout: Layout, port: int) -> list[str]:
+def _srun(layout: Layout, rank_logs: Path | None) -> list[str]:
     # --kill-on-bad-exit: SLURM's default lets the others run on, in a collective that never comes back.
     hosts = layout.hosts
     return [
         "srun", f"--nodes={len(hosts)}", f"--ntasks={layout.processes}", f"--ntasks-per-node={hosts[0].slots}",
         f"--nodelist={','.join(host.name for host in hosts)}", "--kill-on-bad-exit=1", "--export=ALL",
-        sys.executable, "-u", *_module(),
+        *_srun_output(rank_logs), sys.executable, "-u", *_module(),
     ]  # fmt: skip
+
+
+def _srun_output(rank_logs: Path | None) -> list[str]:
+    if rank_logs is None or "\\" in str(rank_logs):  # with a backslash srun puts no numbers in
+        return []
+    return [f"--output={str(rank_logs).replace('%', '%%')}-rank-%5t.log"]

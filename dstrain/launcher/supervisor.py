@@ -12,6 +12,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -33,7 +34,7 @@ from dstrain.launcher.run_files import (
     put_exits_away,
     set_newest_aside,
 )
-from dstrain.launcher.starters import Command, Layout, build_command
+from dstrain.launcher.starters import Command, Layout, build_command, rank_log
 from dstrain.launcher.stop_signals import StopSignals
 
 _SHOWN_ENDS = 3
@@ -109,9 +110,11 @@ class Supervisor:
         job, number = self._job, self._history.next_number
         if job.trains:
             put_exits_away(job.run_folder, before_attempt=number)
-        command, token = self._command(standing, number), uuid.uuid4().hex
         log = job.run_folder / LOGS / f"attempt-{number:04d}.log"
-        log.touch(mode=0o600)
+        shown = [log, rank_log(log.with_suffix(""), 0)] if job.layout.starter == "srun" else [log]
+        for path in shown:
+            path.touch(mode=0o600)
+        command, token = self._command(standing, number, rank_logs=log.with_suffix("")), uuid.uuid4().hex
         layout = job.layout.on(standing.hosts)
         where = f" on {', '.join(host.name for host in standing.hosts)}" if standing.hosts else ""
         start = f"from step {before.checkpoint}" if before.checkpoint >= 0 else "from the beginning"
@@ -127,27 +130,28 @@ class Supervisor:
         )  # fmt: skip
         environment = command.environment(self._environment, token=token)
         local = layout.processes if job.trains and not layout.hosts else 0
-        with (
-            LogFollower(log, self._out),
-            Attempt(
+        with ExitStack() as stack:
+            for path in shown:
+                stack.enter_context(LogFollower(path, self._out))
+            attempt = Attempt(
                 command.argv, environment, token=token, log=log, policy=self._policy, run_folder=job.run_folder,
                 local_ranks=local, say=self._say,
-            ) as attempt,
-        ):  # fmt: skip
-            end = attempt.run(stop)
+            )  # fmt: skip
+            end = stack.enter_context(attempt).run(stop)
         after = self._progress()
         return Ended(
             self._judge(end), after.checkpoint, after.num_checkpoints, after.reached, asked=bool(stop.received)
         )
 
-    def _command(self, standing: Standing, number: int) -> Command:
+    def _command(self, standing: Standing, number: int, *, rank_logs: Path) -> Command:
         job = self._job
         hostfile = None
         if standing.hosts and job.layout.starter == "deepspeed":
             hostfile = job.run_folder / LOGS / f"hosts-{number:04d}"
             write_text(hostfile, render_hostfile(standing.hosts))
         layout = job.layout.on(standing.hosts)
-        return self._build(layout, job.arguments, port=free_port(), hostfile=hostfile, folder=str(Path.cwd()))
+        return self._build(layout, job.arguments, port=free_port(), hostfile=hostfile, folder=str(Path.cwd()),
+                           rank_logs=rank_logs)  # fmt: skip
 
     def _judge(self, end: AttemptEnd) -> Outcome:
         if end.unkillable:
@@ -156,7 +160,10 @@ class Supervisor:
             cause = f"processes {shown} survive SIGKILL on {socket.gethostname()}"
             return Outcome(ExitCode.UNHEALTHY_NODE, cause, hosts=(socket.gethostname(),))
         exits = read_exits(self._job.run_folder) if self._job.trains else ()
-        return judge(exits, launcher_code=end.launcher_code, expected=self._job.trains)
+        return judge(
+            exits, launcher_code=end.launcher_code, expected=self._job.trains,
+            signals_are_requests=self._job.layout.starter == "srun",
+        )  # fmt: skip
 
     def _settle(self, standing: Standing, ended: Ended, decision: Decision) -> Progress:
         """Say and write down what follows, and move checkpoints as decided."""

@@ -13,6 +13,7 @@ import pytest
 
 from dstrain.cli import launch
 from dstrain.cli.main import main
+from dstrain.launcher.history import AttemptRecord, History
 from tests.support.runs import pretrain_settings, write_config
 
 
@@ -146,6 +147,34 @@ def test_the_supervisor_gets_the_job_and_the_policy(config: Path, monkeypatch: p
     assert seen["job"].layout.processes == 2
     assert os.umask(0o022) == 0o077
     assert (seen["policy"].max_restarts, seen["policy"].min_processes, seen["policy"].grace_s) == (5, 1, 9.0)
+
+
+@pytest.mark.parametrize(("code", "written"), [(77, "n1,n2\n"), (76, "\n"), (0, "\n")])
+def test_hosts_that_are_unhealthy_are_written_where_a_script_wants_them(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, written: str
+) -> None:
+    from dstrain.launcher import supervisor
+
+    record = AttemptRecord(
+        number=1, stage="pretrain", mark="m", argv=(), processes=2, hosts=("n1", "n2"), log="", started=0.0,
+        checkpoint_before=-1, reached_before=-1,
+    )  # fmt: skip
+
+    class Ends:
+        def __init__(self, job: Any, policy: Any, **_: Any) -> None:
+            self.run_folder = job.run_folder
+
+        def run(self) -> int:
+            self.run_folder.mkdir(exist_ok=True)
+            history = History(self.run_folder, say=print)
+            history.begin(record)
+            history.close(code=code, hosts_at_fault=("n1", "n2"))
+            return code
+
+    monkeypatch.setattr(supervisor, "Supervisor", Ends)
+    arguments = ["--with", "python", "--unhealthy-hosts", str(tmp_path / "bad")]
+    assert main(["launch", "pretrain", str(config), *arguments]) == code
+    assert (tmp_path / "bad").read_text() == written
 
 
 def test_a_closed_terminal_does_not_stop_the_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,35 @@ def test_the_same_process_cannot_hold_it_twice(tmp_path):
         assert files(tmp_path) == ["00000001.beat", "00000001.json"]
 
 
+def test_a_requeued_slurm_job_follows_its_own_earlier_start_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "lab")
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    plant(tmp_path, beat=time.time(), cluster="lab", job="4711", restart=1)
+    with RunLease(tmp_path, patient=True) as mine:
+        assert mine.epoch == 4
+        assert [owner(tmp_path)[name] for name in ("cluster", "job", "restart")] == ["lab", "4711", 2]
+
+
+@pytest.mark.parametrize(
+    "other", [{"restart": 2}, {"restart": 3}, {"job": "4712"}, {"cluster": "else"}, {"job": ""}], ids=str
+)
+def test_any_other_job_and_a_later_start_of_the_same_are_left_alone(tmp_path, monkeypatch, other):
+    for name, value in {"CLUSTER_NAME": "lab", "JOB_ID": "4711", "RESTART_COUNT": "2"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    plant(tmp_path, beat=time.time(), **{"cluster": "lab", "job": "4711", "restart": 1, **other})
+    with pytest.raises(RunInUseError, match="in use by process 1234"):
+        RunLease(tmp_path).__enter__()
+
+
+def test_outside_of_slurm_no_start_is_a_later_one(tmp_path, monkeypatch):
+    for name in ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    plant(tmp_path, beat=time.time(), cluster="", job="", restart=-1)
+    with pytest.raises(RunInUseError):
+        RunLease(tmp_path).__enter__()
+
+
 def test_another_machine_with_a_recent_heartbeat_is_left_alone_without_a_wait(tmp_path):
     plant(tmp_path, beat=time.time() - lease_module.SILENT_AFTER_S / 2)
     with pytest.raises(RunInUseError, match="process 1234 on elsewhere"):

@@ -64,6 +64,10 @@ def test_the_verdict_names_ranks_hosts_and_cause() -> None:
 def test_a_stop_is_deliberate_unless_only_a_signal_or_a_lost_launcher_was_its_reason() -> None:
     assert not _judge(75, 75, causes=("complete", "SIGTERM")).deliberate
     assert not _judge(75, 75, causes=("the launcher is gone", "saved_requeue")).deliberate
+    asked = _exits(75, 75, causes=("SIGUSR1", "saved_requeue"))
+    assert judge(asked, launcher_code=75, expected=True, signals_are_requests=True).deliberate
+    lost = _exits(75, 75, causes=("the launcher is gone", "saved_requeue"))
+    assert not judge(lost, launcher_code=75, expected=True, signals_are_requests=True).deliberate
     assert _judge(75, 75, causes=("the budget of 3 hours is used up", "saved_requeue")).deliberate
     assert _judge(75, 75, causes=("complete", "complete")).deliberate
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dstrain.launcher.process_group import ProcessGroup
+from dstrain.launcher.process_group import ProcessGroup, ask
 from dstrain.launcher.starters import TOKEN
 
 SLEEP = "import time; time.sleep(600)"
@@ -40,6 +40,18 @@ import pathlib, signal, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 pathlib.Path(sys.argv[1], "ready").touch()
 time.sleep(600)
+"""
+
+
+_TELLS = f"""#!{sys.executable}
+import pathlib, signal, sys
+def tell(number, frame):
+    pathlib.Path(sys.argv[1], signal.Signals(number).name).touch()
+    sys.exit(0)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    signal.signal(number, tell)
+pathlib.Path(sys.argv[1], "ready").touch()
+signal.pause()
 """
 
 
@@ -127,3 +139,16 @@ def test_who_does_not_leave_is_killed_when_the_time_is_up_or_somebody_hurries(
     _until((tmp_path / "ready").exists)
     assert group.wind_down(grace_s=3600 if hurried else 0.1, hurry=lambda: hurried) == []
     assert process.wait(10) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(("name", "heard"), [("srun", "SIGUSR1"), ("torchrun", "SIGTERM")])
+def test_srun_is_asked_in_a_way_that_lets_its_ranks_save(
+    group: ProcessGroup, tmp_path: Path, name: str, heard: str
+) -> None:
+    (tmp_path / name).write_text(_TELLS)
+    (tmp_path / name).chmod(0o755)
+    process = subprocess.Popen([tmp_path / name, tmp_path], env={**os.environ, TOKEN: group.token})
+    _until((tmp_path / "ready").exists)
+    ask(group.members()[0], signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert (tmp_path / heard).exists()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dstrain.base.errors import ConfigError
 from dstrain.launcher.hosts import Host
-from dstrain.launcher.starters import ADDED, STARTERS, TOKEN, Layout, build_command
+from dstrain.launcher.starters import ADDED, STARTERS, TOKEN, Layout, build_command, rank_log
 
 RUN = ("pretrain", "--config", "/c/run.yaml", "train.max_steps=5")
 HOSTS = (Host("n1", 4), Host("n2", 4))
@@ -55,6 +55,20 @@ def test_srun_names_its_nodes_and_ends_all_when_one_ends_badly() -> None:
         sys.executable, "-u", *STAGE,
     ]  # fmt: skip
     assert command.added == {"MASTER_PORT": "1234"}
+
+
+@pytest.mark.parametrize(
+    ("logs", "option"),
+    [
+        ("/r/logs/attempt-0001", ["--output=/r/logs/attempt-0001-rank-%5t.log"]),
+        ("/50%t/attempt-0001", ["--output=/50%%t/attempt-0001-rank-%5t.log"]),
+        ("/back\\slash/attempt-0001", []),
+    ],
+)
+def test_srun_writes_a_log_for_each_rank_where_it_can_name_one(logs: str, option: list[str]) -> None:
+    argv = build_command(Layout("srun", 8, HOSTS), RUN, port=1234, rank_logs=Path(logs)).argv
+    assert [word for word in argv if word.startswith("--output")] == option
+    assert rank_log(Path(logs), 7) == Path(f"{logs}-rank-00007.log")
 
 
 def test_the_environment_has_the_token_and_no_rank_of_a_surrounding_job() -> None:
