@@ -16,6 +16,7 @@ import torch
 from torch import distributed
 
 from dstrain.base.errors import DstrainError, PeerError
+from dstrain.base.protocols import Interrupted
 from dstrain.base.world import World
 
 ResultT = TypeVar("ResultT")
@@ -30,6 +31,11 @@ class ControlPlane:
         self._group: Any = None
         if world.size > 1:
             self._group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+    @property
+    def store(self) -> Any:
+        """Local. The key-value store at which the ranks met (torch's), or None for a world of one."""
+        return None if self._group is None else distributed.distributed_c10d._get_default_store()
 
     def sum(self, numbers: Sequence[int]) -> list[int]:
         """Collective. Elementwise sums of 64-bit integers; each sum must stay below 2^63."""
@@ -70,21 +76,27 @@ class ControlPlane:
         return self.gather_json(value if self.world.is_first else None)[0]
 
     def together(self, action: Callable[[], ResultT]) -> ResultT:
-        """Collective. Run a local action on every rank; when it fails on one, all leave.
+        """Collective. Run a local action on every rank; when it fails on one, or is left because of a stop, all leave.
 
         Raises:
             DstrainError: this rank's own fault.
             PeerError: the fault of the first rank that had one, with its exit code.
+            Interrupted: no rank had a fault, and some rank's action raised this.
         """
         fault: DstrainError | None = None
+        report: list[Any] | str | None = None
         result: Any = None
         try:
             result = action()
         except DstrainError as error:
-            fault = error
-        reports = self.gather_json([str(fault), int(fault.exit_code)] if fault is not None else None)
-        failed = next((rank for rank, report in enumerate(reports) if report is not None), None)
+            fault, report = error, [str(error), int(error.exit_code)]
+        except Interrupted as left:
+            report = str(left)
+        reports = self.gather_json(report)
+        failed = next((rank for rank, found in enumerate(reports) if isinstance(found, list)), None)
         if failed is None:
+            if asked := next((found for found in reports if found is not None), None):
+                raise Interrupted(asked)
             return result  # type: ignore[no-any-return]
         if fault is not None and failed == self.world.rank:
             raise fault

@@ -7,7 +7,7 @@ makes it from `cu_seqlens`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -226,8 +226,17 @@ class StepFlags:
 class Interrupted(Exception):  # noqa: N818  (not a fault: the answer to a stop request)
     """Collective. A long phase was left early because of a stop request; raised on all ranks at the same point.
 
-    Also raised by a rank's data iterator when it has no data for the step yet and will not wait for it.
+    Also raised on one rank by whatever waits for data and will not wait any more; the ranks then agree on it.
     """
+
+
+ShouldLeave = Callable[[], bool]
+"""Whether this rank was asked to stop; asked by everything that may wait for long, from any thread."""
+
+
+def never() -> bool:
+    """A `ShouldLeave` for work that nobody asks to stop."""
+    return False
 
 
 class Progress(Protocol):

@@ -1,16 +1,18 @@
 """The one door to remote stores, through fsspec: one ranged read, one size, with a time limit, and faults told apart.
 
 A reply is taken only when it is exactly the bytes that were asked for; on HTTP also its status and Content-Range are
-checked, and no body is read beyond the range. Here is one try: retries and deadlines are `data.remote_store`'s. Writes
-nothing anywhere and logs nothing.
+checked, and no body is read beyond the range. Whoever was asked to stop need not wait for a store that does not answer.
+Here is one try: retries and deadlines are `data.remote_store`'s. Writes nothing anywhere and logs nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import importlib
 import re
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +21,7 @@ import fsspec.asyn
 
 from dstrain.base.errors import ConfigError, DataError, DstrainError
 from dstrain.base.locations import RemoteUrl, scrub
+from dstrain.base.protocols import Interrupted, ShouldLeave, never
 
 _PACKAGES = {
     "s3": ("s3fs", "s3"),
@@ -30,6 +33,8 @@ _PACKAGES = {
     "https": ("aiohttp", "http"),
     "hf": ("huggingface_hub", ""),
 }
+LOOK_S = 0.25
+"""Between two looks at whether to leave, in seconds."""
 _MISSING = (404, 410)
 _DENIED = (401, 403)
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
@@ -42,18 +47,21 @@ class TransientRemoteError(Exception):
 class RemoteFolder:
     """A folder of files in a remote store. Any thread may call it; the work runs on fsspec's own event loop."""
 
-    def __init__(self, url: RemoteUrl, *, connect_timeout_s: float = 20, anonymous: bool = False) -> None:
+    def __init__(
+        self, url: RemoteUrl, *, connect_timeout_s: float = 20, anonymous: bool = False, should_leave: ShouldLeave = never
+    ) -> None:  # fmt: skip
         """Make a client; nothing is asked of the store yet.
 
         Args:
             url: the folder.
             connect_timeout_s: until a connection must stand, in seconds.
             anonymous: send no credentials (public buckets).
+            should_leave: asked in any thread while a reply is waited for: whether to raise `Interrupted` instead.
 
         Raises:
             ConfigError: the package for this kind of store is not installed.
         """
-        self.url = url
+        self.url, self._should_leave = url, should_leave
         package, extra = _PACKAGES[url.scheme]
         try:
             importlib.import_module(package)
@@ -76,6 +84,7 @@ class RemoteFolder:
         Raises:
             TransientRemoteError: worth another try.
             DataError: the file is not there or may not be read.
+            Interrupted: asked to stop while waiting.
         """
         url = self.url.file(name)
         if length == 0:
@@ -94,6 +103,7 @@ class RemoteFolder:
         Raises:
             TransientRemoteError: worth another try.
             DataError: the file is not there or may not be read.
+            Interrupted: asked to stop while waiting.
         """
         url = self.url.file(name)
         if self._is_http:
@@ -114,9 +124,9 @@ class RemoteFolder:
         shown = f"{self.url}/{name}"
         try:
             if getattr(self._files, "async_impl", False):
-                return fsspec.asyn.sync(self._files.loop, function, *arguments, timeout=timeout_s)
-            return _in_thread(function, *arguments, timeout_s=timeout_s)
-        except (DstrainError, TransientRemoteError):
+                return self._on_the_loop(function, *arguments, timeout_s=timeout_s)
+            return self._in_thread(function, *arguments, timeout_s=timeout_s)
+        except (DstrainError, TransientRemoteError, Interrupted):
             raise
         except (TimeoutError, fsspec.FSTimeoutError, asyncio.TimeoutError):
             raise TransientRemoteError(f"no whole reply within {timeout_s:.3g} s") from None
@@ -132,6 +142,40 @@ class RemoteFolder:
                     "(docs/remote-data.md), or set data.storage.anonymous for a public bucket"
                 ) from None
             raise TransientRemoteError(self._told(error)) from None
+
+    def _on_the_loop(self, function: Callable[..., Any], *arguments: Any, timeout_s: float) -> Any:
+        """Run a coroutine of the client on fsspec's event loop; it is cancelled when this leaves without it."""
+        limited = asyncio.wait_for(function(*arguments), timeout_s)
+        reply = asyncio.run_coroutine_threadsafe(limited, self._files.loop)
+        while not concurrent.futures.wait([reply], timeout=LOOK_S).done:
+            if self._should_leave():
+                reply.cancel()
+                raise Interrupted("asked to stop while waiting for a remote store")
+        return reply.result()
+
+    def _in_thread(self, function: Callable[..., Any], *arguments: Any, timeout_s: float) -> Any:
+        """Run a blocking call that knows no timeout; one that is late is left behind in a daemon thread."""
+        result: list[Any] = []
+        failure: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                result.append(function(*arguments))
+            except BaseException as error:  # noqa: BLE001  (raised again in the caller's thread)
+                failure.append(error)
+
+        thread = threading.Thread(target=work, name="dstrain-remote", daemon=True)
+        thread.start()
+        end = time.monotonic() + timeout_s
+        while thread.is_alive() and (left := end - time.monotonic()) > 0:
+            thread.join(min(LOOK_S, left))
+            if thread.is_alive() and self._should_leave():
+                raise Interrupted("asked to stop while waiting for a remote store")
+        if failure:
+            raise failure[0]
+        if not result:
+            raise TimeoutError
+        return result[0]
 
     def _told(self, error: BaseException) -> str:
         text = scrub(str(error), self.url.secrets)
@@ -236,24 +280,3 @@ def _status(error: BaseException) -> int | None:
 
 def _no_keys(error: BaseException) -> bool:
     return type(error).__name__ in ("NoCredentialsError", "CredentialRetrievalError", "DefaultCredentialsError")
-
-
-def _in_thread(function: Callable[..., Any], *arguments: Any, timeout_s: float) -> Any:
-    """Run a blocking call that knows no timeout; a call that is late is left behind in a daemon thread."""
-    result: list[Any] = []
-    failure: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            result.append(function(*arguments))
-        except BaseException as error:  # noqa: BLE001  (raised again in the caller's thread)
-            failure.append(error)
-
-    thread = threading.Thread(target=work, name="dstrain-remote", daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if failure:
-        raise failure[0]
-    if not result:
-        raise TimeoutError
-    return result[0]

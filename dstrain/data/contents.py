@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from dstrain.base.errors import DataError
 from dstrain.base.locations import Location, RemoteUrl
+from dstrain.base.protocols import ShouldLeave, never
 from dstrain.base.storage import file_sha256
 from dstrain.data.block_index import INDEX_NAME, RECORD, check_records, parse_records, read_index
 from dstrain.data.cache import DiskCache, cache_key
@@ -40,15 +41,20 @@ class Contents:
     """A folder in the node's cache for small files about this dataset."""
 
 
-def open_contents(location: Location, config: StorageConfig) -> Contents:
+def open_contents(location: Location, config: StorageConfig, *, should_leave: ShouldLeave = never) -> Contents:
     """Read and check manifest and index.
+
+    Args:
+        location: of the dataset.
+        config: how a remote one is read.
+        should_leave: of a remote one, now and later: whether to raise `Interrupted` rather than wait on.
 
     Raises:
         DataError: one is missing, damaged or breaks a bound.
         ConfigError: a package for this store is missing, or the cache is too small.
         StorageError: the store cannot be reached within its deadline.
     """
-    contents = _open_local(location) if isinstance(location, Path) else _open_remote(location, config)
+    contents = _open_local(location) if isinstance(location, Path) else _open_remote(location, config, should_leave)
     manifest = contents.manifest
     sizes = np.array([shard.bytes for shard in manifest.shards], dtype=np.int64)
     token_bytes = np.dtype(manifest.dtype).itemsize
@@ -66,8 +72,8 @@ def _open_local(folder: Path) -> Contents:
     return Contents(manifest, blocks, LocalStore(folder))
 
 
-def _open_remote(url: RemoteUrl, config: StorageConfig) -> Contents:
-    origin = RemoteStore(url, config)
+def _open_remote(url: RemoteUrl, config: StorageConfig, should_leave: ShouldLeave) -> Contents:
+    origin = RemoteStore(url, config, should_leave=should_leave)
     manifest = _read_manifest(origin)
     cache = None
     if config.cache_dir is not None:

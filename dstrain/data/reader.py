@@ -21,6 +21,7 @@ import zstandard
 from dstrain.base.checksums import crc32
 from dstrain.base.errors import DamagedBlockError, DataError
 from dstrain.base.locations import Location, RemoteUrl, child_location, parse_location
+from dstrain.base.protocols import ShouldLeave, never
 from dstrain.data.block_index import FLAG_ZSTD, TAR_UNIT, ends_checksum
 from dstrain.data.blocks import Block
 from dstrain.data.contents import open_contents
@@ -43,8 +44,9 @@ class ShardDataset:
     """
 
     def __init__(
-        self, path: str | Path | RemoteUrl, *, check_shards: bool = True, storage: StorageConfig | None = None
-    ) -> None:
+        self, path: str | Path | RemoteUrl, *, check_shards: bool = True, storage: StorageConfig | None = None,
+        should_leave: ShouldLeave = never,
+    ) -> None:  # fmt: skip
         """Check manifest and index, and of local shards presence and size; no payload is read.
 
         Args:
@@ -52,6 +54,7 @@ class ShardDataset:
             check_shards: False leaves missing and cut shards to the first read of one of their blocks, which is always
                 so for remote ones.
             storage: how remote shards are read.
+            should_leave: whether a read of a remote shard, from any thread, raises `Interrupted` rather than wait on.
 
         Raises:
             DataError: naming the file and the fix; or the URL is refused.
@@ -60,7 +63,7 @@ class ShardDataset:
         """
         self.path: Location = parse_location(path)
         self._storage = storage or StorageConfig()
-        contents = open_contents(self.path, self._storage)
+        contents = open_contents(self.path, self._storage, should_leave=should_leave)
         self.manifest, self.blocks = contents.manifest, contents.blocks
         self._store: ByteStore = contents.store
         self._notes = contents.notes

@@ -1,7 +1,8 @@
 """Reads of a remote folder that either succeed or fail clearly within a deadline: retries with backoff and full jitter.
 
-Every reply is checked by `base.remote` to be exactly the bytes that were asked for. The jitter comes from a generator of
-its own and decides only when a try is made. Caches nothing and reads nothing ahead.
+A read that waits is left when the run is asked to stop. Every reply is checked by `base.remote` to be exactly the bytes
+that were asked for. The jitter comes from a generator of its own and decides only when a try is made. Caches nothing and
+reads nothing ahead.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import TypeVar
 from dstrain.base.errors import StorageError
 from dstrain.base.locations import RemoteUrl
 from dstrain.base.logs import get_logger
-from dstrain.base.remote import RemoteFolder, TransientRemoteError
+from dstrain.base.protocols import Interrupted, ShouldLeave, never
+from dstrain.base.remote import LOOK_S, RemoteFolder, TransientRemoteError
 from dstrain.data.stores import Extent, StorageConfig
 
 FIRST_WAIT_S = 0.2
@@ -34,21 +36,23 @@ class RemoteStore:
         requests: tries made so far.
     """
 
-    def __init__(self, url: RemoteUrl, config: StorageConfig, *, folder: RemoteFolder | None = None) -> None:
+    def __init__(
+        self, url: RemoteUrl, config: StorageConfig, *, folder: RemoteFolder | None = None, should_leave: ShouldLeave = never
+    ) -> None:  # fmt: skip
         """Make the client; nothing is asked of the store yet.
 
         Args:
             url: the folder.
             config: time limits and credentials.
             folder: what makes one try; by default `base.remote.RemoteFolder`.
+            should_leave: asked while a read waits, in a try or between two: whether to raise `Interrupted` instead.
 
         Raises:
             ConfigError: the package for this kind of store is not installed.
         """
-        self._config = config
-        self._url = url
+        self._config, self._url, self._should_leave = config, url, should_leave
         self._folder = folder or RemoteFolder(
-            url, connect_timeout_s=config.connect_timeout_s, anonymous=config.anonymous
+            url, connect_timeout_s=config.connect_timeout_s, anonymous=config.anonymous, should_leave=should_leave
         )
         self._jitter = random.Random()
         self._closed = threading.Event()
@@ -98,10 +102,20 @@ class RemoteStore:
                 told = str(error)
             wait = self._jitter.uniform(0, min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(tries - 1, 16)))
             left = end - time.monotonic()
-            if wait >= left or self._closed.wait(wait):
+            if wait >= left or self._is_closed_within(wait):
                 raise StorageError(
                     f"{self.name}/{name}: not readable: {tries} tries in {time.monotonic() - begin:.1f} s failed, the last "
                     f"with: {told}. Is the store reachable from this node? (data.storage.deadline_s is "
                     f"{self._config.deadline_s:g})"
                 ) from None
             _LOG.debug("%s/%s: try %d failed: %s", self.name, name, tries, told)
+
+    def _is_closed_within(self, seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while not self._should_leave():
+            left = end - time.monotonic()
+            if self._closed.wait(max(0.0, min(LOOK_S, left))):
+                return True
+            if left <= LOOK_S:
+                return False
+        raise Interrupted(f"asked to stop while waiting for {self.name}")

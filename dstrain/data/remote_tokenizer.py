@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dstrain.base.errors import DataError
 from dstrain.base.locations import RemoteUrl
+from dstrain.base.protocols import ShouldLeave, never
 from dstrain.base.storage import write_bytes
 from dstrain.data.remote_store import RemoteStore
 from dstrain.data.stores import StorageConfig
@@ -25,14 +26,19 @@ _OPTIONAL = (
 _LIMIT_BYTES = 64 << 20
 
 
-def fetch_tokenizer(url: RemoteUrl, config: StorageConfig) -> Path:
+def fetch_tokenizer(url: RemoteUrl, config: StorageConfig, *, should_leave: ShouldLeave = never) -> Path:
     """Copy the files of a tokenizer folder into a temporary folder that goes when this process ends.
+
+    Args:
+        url: the folder.
+        config: time limits and credentials.
+        should_leave: whether to raise `Interrupted` rather than wait on.
 
     Raises:
         DataError: tokenizer.json is missing there or larger than 64 MiB.
         StorageError: the store cannot be reached within its deadline.
     """
-    store = RemoteStore(url, config)
+    store = RemoteStore(url, config, should_leave=should_leave)
     folder = Path(tempfile.mkdtemp(prefix="dstrain-tokenizer-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     try:

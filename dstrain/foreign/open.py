@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dstrain.base.locations import Location
+from dstrain.base.protocols import ShouldLeave, never
 from dstrain.base.storage import read_json
 from dstrain.data.reader import ShardDataset
 from dstrain.data.stores import StorageConfig
@@ -26,7 +27,7 @@ def is_foreign(path: Path) -> bool:
 
 
 def open_dataset(
-    path: Location, *, workers: int = 0, storage: StorageConfig | None = None
+    path: Location, *, workers: int = 0, storage: StorageConfig | None = None, should_leave: ShouldLeave = never
 ) -> ShardDataset | ForeignDataset:
     """One split as a `data.blocks.BlockDataset`, chosen by its manifest.
 
@@ -34,10 +35,11 @@ def open_dataset(
         path: the split's folder, with manifest.json; or the URL of one made of block shards.
         workers: processes that tokenise ahead where text is tokenised on the fly; 0 uses the calling thread.
         storage: how remote shards are read.
+        should_leave: whether a read of a remote shard raises `Interrupted` rather than wait on.
 
     Raises:
         DataError: there is no dataset, or it is damaged.
     """
     if isinstance(path, Path) and is_foreign(path):
         return ForeignDataset(path, workers=workers)
-    return ShardDataset(path, storage=storage)
+    return ShardDataset(path, storage=storage, should_leave=should_leave)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import TracebackType
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from dstrain.base.logs import get_logger
 from dstrain.health.signals import STOP_SIGNALS, StopRequest
 
 KEY = "dstrain/stop"
+LOOK_EVERY_S = 0.5
 _LOG = get_logger(__name__)
 
 
@@ -36,14 +38,16 @@ class Store(Protocol):
 class StopRelay:
     """One rank's end; a context manager, entered by the main thread after the stop request's handlers are in place."""
 
-    def __init__(self, stop: StopRequest, store: Store | None) -> None:
+    def __init__(self, stop: StopRequest, store: Store | None, *, look_every_s: float = LOOK_EVERY_S) -> None:
         """Nothing happens yet.
 
         Args:
             stop: this rank's request.
             store: shared by all ranks of the job, and of no other start of it.
+            look_every_s: shortest pause between two questions to the store, however many threads wait.
         """
-        self._stop, self._store = stop, store
+        self._stop, self._store, self._look_every_s = stop, store, look_every_s
+        self._next_look = 0.0
         self._told = threading.Event()
         self._read, self._write = -1, -1
         self._previous = -1
@@ -92,6 +96,10 @@ class StopRelay:
                 self.tell()
 
     def _is_told(self) -> bool:
+        now = time.monotonic()
+        if now < self._next_look:
+            return False
+        self._next_look = now + self._look_every_s
         try:
             return self._store is not None and self._store.check([KEY])
         except RuntimeError:  # its host has left: what that means, the next collective says

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -35,6 +36,7 @@ class StopWatch:
         num_devices: int,
         started: float,
         earlier_device_s: float = 0.0,
+        tell: Callable[[], None] | None = None,
     ) -> None:
         """Set the limits that need no question; looks at nothing yet.
 
@@ -45,8 +47,9 @@ class StopWatch:
             num_devices: ranks of this job.
             started: `time.monotonic()` when this job began.
             earlier_device_s: device-seconds that earlier jobs of this run have used.
+            tell: called when there is a reason to stop, for ranks that wait and do not come to the loop's agreement.
         """
-        self._stop, self._config, self._folder = stop, config, run_folder
+        self._stop, self._config, self._folder, self._tell = stop, config, run_folder, tell
         self._job = job_id() if config.slurm_end else None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="dstrain-stop-watch", daemon=True)
@@ -72,6 +75,8 @@ class StopWatch:
             self._answered = self._answered or left is not None
             pause = self._config.ask_every_s if self._answered else min(_FIRST_RETRY_S, self._config.ask_every_s)
             self._next_question = time.monotonic() + pause
+        if self._tell is not None and self._stop.reason is not None:
+            self._tell()
 
     def __enter__(self) -> StopWatch:
         self._thread.start()

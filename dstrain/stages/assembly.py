@@ -13,7 +13,7 @@ from torch import nn
 
 from dstrain.base.control import ControlPlane
 from dstrain.base.device import Precision, choose_device, choose_precision
-from dstrain.base.protocols import Loader, Objective
+from dstrain.base.protocols import Loader, Objective, ShouldLeave, never
 from dstrain.base.seeds import derive
 from dstrain.base.world import World
 from dstrain.stages.config import FinetuneConfig, PretrainConfig
@@ -21,8 +21,6 @@ from dstrain.stages.environment import set_threads
 from dstrain.train.engine import Engine, start_processes, stop_processes
 
 AnyConfig = PretrainConfig | FinetuneConfig
-ShouldLeave = Callable[[], bool]
-"""Whether this rank was asked to stop; polled inside long evaluations."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,8 @@ class Site:
     control: ControlPlane
     device: str
     precision: Precision
+    should_leave: ShouldLeave = never
+    """Whether this rank, when it waits for something, should stop waiting; it, or any other, was asked to stop."""
 
 
 @dataclass(frozen=True)

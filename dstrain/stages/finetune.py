@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from dstrain.base.errors import ConfigError, ExitCode
 from dstrain.base.logs import get_logger
-from dstrain.base.protocols import Objective
+from dstrain.base.protocols import Objective, ShouldLeave
 from dstrain.base.storage import write_json
 from dstrain.base.world import World
 from dstrain.data.plan import num_micro_batches
@@ -20,7 +20,7 @@ from dstrain.health.signals import StopRequest
 from dstrain.models.encoders import SequenceClassifier
 from dstrain.models.huggingface import build_classifier, facts, initialise
 from dstrain.objectives.supervised import ClassificationObjective, RegressionObjective
-from dstrain.stages.assembly import Assembly, ShouldLeave, Site, seed_weights
+from dstrain.stages.assembly import Assembly, Site, seed_weights
 from dstrain.stages.config import FinetuneConfig
 from dstrain.stages.initial import Origin, find_origin, special_tokens
 from dstrain.stages.training import run_training

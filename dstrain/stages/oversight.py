@@ -12,12 +12,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from dstrain.base.control import ControlPlane
+from dstrain.base.errors import ExitCode
 from dstrain.base.protocols import RunState, StepReport
 from dstrain.base.world import World
 from dstrain.health.heartbeat import Heartbeat
 from dstrain.health.lease import RunLease
 from dstrain.health.signals import StopRequest
 from dstrain.health.stop_config import StopConfig, tokens_spent
+from dstrain.health.stop_relay import StopRelay
 from dstrain.health.stop_watch import StopWatch
 from dstrain.monitor.goodput_meter import GoodputMeter, read_attempts
 from dstrain.stages.assembly import AnyConfig
@@ -36,6 +39,8 @@ class Oversight:
     goodput: GoodputMeter
     limits: StopConfig
     run_folder: Path
+    relay: StopRelay | None = None
+    """Once the ranks have met: carries a stop request to those that wait."""
     phase: str = "start_up"
     """What the rank is doing."""
     step: int = 0
@@ -49,6 +54,18 @@ class Oversight:
         if phase == "step" and self.steps_taken < _FIRST_STEPS:
             phase = "first_step"
         self.heartbeat.enter(phase, step)
+
+    def should_leave(self) -> bool:
+        """Whether this rank, which waits for something, should stop waiting: it or another was asked to stop."""
+        return self.stop.reason is not None if self.relay is None else self.relay.should_leave()
+
+    def why(self) -> str:
+        """Why the run stops, for people."""
+        return self.stop.reason or "asked on another rank"
+
+    def code_of_a_stop(self, control: ControlPlane) -> ExitCode:
+        """Collective. How to end when everything is saved: whether to be started again by itself is agreed."""
+        return ExitCode.SAVED_REQUEUE if control.all_true(self.stop.requeue) else ExitCode.SAVED_END
 
     def where(self) -> str:
         """Phase and step, for messages."""
@@ -79,6 +96,7 @@ def limits_watched(oversight: Oversight, config: AnyConfig, world: World) -> Ite
             watch = StopWatch(
                 oversight.stop, config.stop, config.run_folder, num_devices=world.size, started=time.monotonic(),
                 earlier_device_s=oversight.goodput.total().wall_s * world.size,
+                tell=oversight.relay.tell if oversight.relay is not None else None,
             )  # fmt: skip
             stack.enter_context(watch)
         yield

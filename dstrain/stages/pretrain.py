@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from dstrain.base.errors import ConfigError, DamagedBlockError, ExitCode
-from dstrain.base.protocols import MicroBatch
+from dstrain.base.protocols import MicroBatch, ShouldLeave
 from dstrain.base.world import World
 from dstrain.data.evaluation import evaluation_batches
 from dstrain.data.tokenizer import Tokenizer
@@ -15,7 +15,7 @@ from dstrain.health.signals import StopRequest
 from dstrain.models.encoders import MaskedLanguageModel
 from dstrain.models.huggingface import build_masked_lm, facts, initialise
 from dstrain.objectives.mlm import MlmObjective
-from dstrain.stages.assembly import Assembly, ShouldLeave, Site, seed_weights
+from dstrain.stages.assembly import Assembly, Site, seed_weights
 from dstrain.stages.config import PretrainConfig
 from dstrain.stages.initial import find_origin, special_tokens
 from dstrain.stages.training import run_training
@@ -44,8 +44,9 @@ def assemble(config: PretrainConfig, site: Site) -> Assembly:
 
     Raises:
         DstrainError: data, tokenizer, model or settings do not fit together.
+        Interrupted: asked to stop while waiting for a remote store.
     """
-    data = open_training_data(config, site.world)
+    data = open_training_data(config, site.world, should_leave=site.should_leave)
     return Assembly(
         stage="pretrain",
         model=build_model(config, data.tokenizer),
@@ -57,7 +58,7 @@ def assemble(config: PretrainConfig, site: Site) -> Assembly:
         prefetch_steps=config.data.prefetch_steps,
         prefetch_threads=config.data.threads,
         prefetch_bytes=config.data.prefetch_bytes,
-        evaluate=Evaluation(config, data, site.world),
+        evaluate=Evaluation(config, data, site),
         extra={"data_tokens": data.num_tokens, "data_documents": data.num_documents},
         mean_context=mean_context(data, config.data.sequence_length),
         notes=tuple(_notes(config, data)),
@@ -103,7 +104,7 @@ class Evaluation:
     Each source gives rows in proportion to its first weight; with several, each one's loss is told apart.
     """
 
-    def __init__(self, config: PretrainConfig, data: TrainingData, world: World) -> None:
+    def __init__(self, config: PretrainConfig, data: TrainingData, site: Site) -> None:
         """Read and mask the held-out rows once."""
         masking = training_masking(config, data.tokenizer, stream="evaluation")
         self._batches: dict[str, list[MicroBatch]] = {}
@@ -114,11 +115,11 @@ class Evaluation:
                 most = -(-most * shares[name] // sum(shares.values()))
             if most == 0:
                 continue
-            dataset = open_split(path, VALIDATION, data.tokenizer, config.data)
+            dataset = open_split(path, VALIDATION, data.tokenizer, config.data, should_leave=site.should_leave)
             source = row_source(config, name, dataset, data.tokenizer)
             self._batches[name] = evaluation_batches(
-                source, count_rows(source, dataset, world), masking,
-                world=world, micro_batch=config.train.micro_batch, max_rows=most,
+                source, count_rows(source, dataset, site.world), masking,
+                world=site.world, micro_batch=config.train.micro_batch, max_rows=most,
             )  # fmt: skip
         self._unigram = most_frequent_token(data)
 

@@ -20,7 +20,7 @@ from dstrain.base.config import dump_yaml, to_plain
 from dstrain.base.device import device_name
 from dstrain.base.errors import CheckpointError, ConfigError, ExitCode, NothingToResumeError, StorageError
 from dstrain.base.logs import get_logger
-from dstrain.base.protocols import Interrupted, RunState, StepFlags
+from dstrain.base.protocols import Interrupted, RunState, ShouldLeave, StepFlags
 from dstrain.base.secrets import redacted
 from dstrain.base.storage import make_directory, write_json, write_text
 from dstrain.checkpoint.fragments import EngineState
@@ -33,7 +33,7 @@ from dstrain.models.huggingface import architecture_of, facts
 from dstrain.monitor.flops import ModelShape
 from dstrain.monitor.monitor import Monitor
 from dstrain.optim.schedule import learning_rate_factor
-from dstrain.stages.assembly import AnyConfig, Assembly, ShouldLeave, Site
+from dstrain.stages.assembly import AnyConfig, Assembly, Site
 from dstrain.stages.cross_checks import CrossChecks
 from dstrain.stages.environment import describe_environment, package_versions
 from dstrain.stages.oversight import Oversight
@@ -105,11 +105,9 @@ class Run:
         return ExitCode.COMPLETE
 
     def _stopped(self) -> ExitCode:
-        """Collective. Saved on request: whether to be started again by itself is agreed."""
-        requeue = self.site.control.all_true(self.guard.stop.requeue)
-        reason = self.guard.stop.reason or "asked on another rank"
-        self._say(f"stopped ({reason}) and saved at step {self.state.step}; the same command goes on")
-        return ExitCode.SAVED_REQUEUE if requeue else ExitCode.SAVED_END
+        """Collective. Saved on request."""
+        self._say(f"stopped ({self.guard.why()}) and saved at step {self.state.step}; the same command goes on")
+        return self.guard.code_of_a_stop(self.site.control)
 
     def _is_asked_to_leave(self) -> bool:
         """Collective. Whether any rank was asked to stop before the first step."""
@@ -117,11 +115,8 @@ class Run:
 
     def _left_at_once(self) -> ExitCode:
         """Collective. Asked to stop before a step was taken: what is on disk is all there is to save."""
-        requeue = self.site.control.all_true(self.guard.stop.requeue)
-        self._say(
-            f"stopped ({self.guard.stop.reason or 'asked on another rank'}) before the first step; nothing new to save"
-        )
-        return ExitCode.SAVED_REQUEUE if requeue else ExitCode.SAVED_END
+        self._say(f"stopped ({self.guard.why()}) before the first step; nothing new to save")
+        return self.guard.code_of_a_stop(self.site.control)
 
     def _require_saved(self, ending: Ending) -> None:
         """Collective. A run may only be called saved when the checkpoint of its last step is there."""
@@ -315,7 +310,7 @@ class Run:
         )
         with Prefetcher(
             parts.loader, first_step=self.state.step, last_step=parts.max_steps, depth=parts.prefetch_steps,
-            threads=parts.prefetch_threads, limit_bytes=parts.prefetch_bytes, should_leave=self._should_leave,
+            threads=parts.prefetch_threads, limit_bytes=parts.prefetch_bytes, should_leave=self.guard.should_leave,
         ) as steps:  # fmt: skip
             return train(
                 engine=self.engine,
@@ -341,9 +336,6 @@ class Run:
             stop=stop.reason is not None, hurry=stop.hurry, save_wanted=self.saving.is_wanted(self.state.step),
             save_failed=self.saving.failed(),
         )  # fmt: skip
-
-    def _should_leave(self) -> bool:
-        return self.guard.stop.reason is not None
 
     def _note_fault(self, verdict: Verdict) -> None:
         """Every rank alike: a step that was not sound, with the rows it was made of."""
@@ -396,7 +388,7 @@ class Run:
 
     def _leave_evaluation(self) -> bool:
         self.guard.enter("evaluate", self.state.step)  # a sign of progress, for the watchdog
-        return self._should_leave()
+        return self.guard.should_leave()
 
     def _evaluate(self, step: int) -> bool:
         """Collective. Score the held-out data; True when it is the best so far."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import ExitStack
 
 from dstrain.base.errors import ExitCode
+from dstrain.base.logs import get_logger
 from dstrain.base.peer_loss import peer_loss_named
+from dstrain.base.protocols import Interrupted
 from dstrain.base.world import World
 from dstrain.health.lease import RunLease
 from dstrain.health.outcomes import Ending, clear_exits, ending_of, write_exit
 from dstrain.health.signals import StopRequest
+from dstrain.health.stop_relay import StopRelay
 from dstrain.health.watchdog import Watchdog
 from dstrain.monitor.goodput import Outcome
 from dstrain.monitor.goodput_meter import GoodputMeter
@@ -18,6 +22,8 @@ from dstrain.stages.assembly import AnyConfig, Assembly, Site, open_site
 from dstrain.stages.cross_checks import agree_on_start
 from dstrain.stages.oversight import Oversight, limits_watched
 from dstrain.stages.run import Run
+
+_LOG = get_logger(__name__)
 
 
 def run_training(
@@ -42,12 +48,14 @@ def run_training(
             stop = stack.enter_context(StopRequest(watch_parent=world.size > 1))
         watchdog = stack.enter_context(Watchdog(config.watchdog, world, config.run_folder))
         oversight = Oversight(
-            stop, RunLease(config.run_folder), watchdog.heartbeat,
+            stop, RunLease(config.run_folder, patient=True), watchdog.heartbeat,
             GoodputMeter(config.run_folder, active=world.is_first), config.stop, config.run_folder,
         )  # fmt: skip
         stack.enter_context(peer_loss_named(oversight.where))
         oversight.enter("rendezvous", 0)
         site = stack.enter_context(open_site(config, world))
+        oversight.relay = stack.enter_context(StopRelay(stop, site.control.store))
+        site = dataclasses.replace(site, should_leave=oversight.should_leave)
         oversight.enter("start_up", 0)
         site.control.together(lambda: _take(stack, oversight, config, world))
         return _run(config, site, assemble, oversight)
@@ -67,10 +75,15 @@ def _run(config: AnyConfig, site: Site, assemble: Callable[[Site], Assembly], ov
     ending = Ending(ExitCode.DEFECT, "defect", "unexpected error")
     try:
         with peer_loss_named(oversight.where):
-            parts = site.control.together(lambda: assemble(site))
-            agree_on_start(site.control, config, parts.loader.state_dict())
-            run = Run(config, site, parts, oversight)
-            code = run.execute()
+            try:
+                parts = site.control.together(lambda: assemble(site))
+                agree_on_start(site.control, config, parts.loader.state_dict())
+                run = Run(config, site, parts, oversight)
+                code = run.execute()
+            except (
+                Interrupted
+            ) as left:  # on all ranks, before a step was taken: what is on disk is all there is to save
+                code = _left(left, site, oversight)
         asked = code is not ExitCode.COMPLETE
         ending = Ending(code, "request" if asked else "complete", oversight.stop.reason or code.name.lower())
         return code
@@ -86,6 +99,13 @@ def _run(config: AnyConfig, site: Site, assemble: Callable[[Site], Assembly], ov
             step=run.state.step if run else None, signal=oversight.stop.signal, phase=oversight.phase,
             last_saved_step=run.saving.last_saved_step if run else None, attempt=oversight.lease.epoch,
         )  # fmt: skip
+
+
+def _left(interrupted: Interrupted, site: Site, oversight: Oversight) -> ExitCode:
+    """Collective. Asked to stop while waiting, before the first step."""
+    if site.world.is_first:
+        _LOG.info("stopped (%s) before the first step, nothing new to save: %s", oversight.why(), interrupted)
+    return oversight.code_of_a_stop(site.control)
 
 
 def _outcome(ending: Ending) -> Outcome:

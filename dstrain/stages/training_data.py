@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from dstrain.base.errors import DataError
 from dstrain.base.locations import RemoteUrl, child_location, parse_location
+from dstrain.base.protocols import ShouldLeave, never
 from dstrain.base.seeds import derive
 from dstrain.base.world import World
 from dstrain.data.config import DataConfig
@@ -69,16 +70,24 @@ def source_paths(config: DataConfig) -> dict[str, str]:
     return {source.name: source.path for source in config.sources}
 
 
-def open_training_data(config: PretrainConfig, world: World) -> TrainingData:
+def open_training_data(config: PretrainConfig, world: World, *, should_leave: ShouldLeave = never) -> TrainingData:
     """Open every source's training split and join them to a loader; local to a rank.
 
+    Args:
+        config: of the run.
+        world: this process's place.
+        should_leave: asked while a remote store does not answer, now and later.
+
     Raises:
+        Interrupted: asked to stop while waiting for a remote store.
         DataError: a source is missing or damaged, or was built with another tokenizer than the first.
         ConfigError: weights, lanes or batches do not fit the data.
     """
     paths = source_paths(config.data)
-    tokenizer = load_tokenizer(config.data)
-    datasets = {name: open_split(path, TRAIN, tokenizer, config.data) for name, path in paths.items()}
+    tokenizer = load_tokenizer(config.data, should_leave=should_leave)
+    datasets = {
+        name: open_split(path, TRAIN, tokenizer, config.data, should_leave=should_leave) for name, path in paths.items()
+    }
     sources = {name: row_source(config, name, dataset, tokenizer) for name, dataset in datasets.items()}
     rows = {name: count_rows(source, datasets[name], world) for name, source in sources.items()}
     spec = plan_spec(config.data, rows, global_batch=config.train.global_batch, seed=config.seed)
@@ -94,12 +103,12 @@ def open_training_data(config: PretrainConfig, world: World) -> TrainingData:
     return TrainingData(tokenizer, datasets, spec, loader, epochs)
 
 
-def load_tokenizer(config: DataConfig) -> Tokenizer:
+def load_tokenizer(config: DataConfig, *, should_leave: ShouldLeave = never) -> Tokenizer:
     """The tokenizer kept with the (first) source's shards."""
     key, path = ("data.path", config.path) if config.path else ("data.sources", config.sources[0].path)
     location = parse_location(str(path))
     if isinstance(location, RemoteUrl):
-        return Tokenizer.load(fetch_tokenizer(location.child("tokenizer"), config.storage))
+        return Tokenizer.load(fetch_tokenizer(location.child("tokenizer"), config.storage, should_leave=should_leave))
     if not location.is_dir():
         raise DataError(
             f"{key}: {path}: no such folder; build it with `dstrain shards build --input ... --tokenizer ... --out {path}`"
@@ -112,14 +121,18 @@ def load_tokenizer(config: DataConfig) -> Tokenizer:
     return Tokenizer.load(location / "tokenizer")
 
 
-def open_split(path: str, split: str, tokenizer: Tokenizer, config: DataConfig) -> Dataset:
+def open_split(
+    path: str, split: str, tokenizer: Tokenizer, config: DataConfig, *, should_leave: ShouldLeave = never
+) -> Dataset:
     """Open train or validation of a source and check that it was built with the run's tokenizer.
 
     Raises:
         DataError: the split is missing or damaged, or was built with another tokenizer.
     """
     location = child_location(parse_location(path), split)
-    dataset = open_dataset(location, workers=config.tokenising_workers, storage=config.storage)
+    dataset = open_dataset(
+        location, workers=config.tokenising_workers, storage=config.storage, should_leave=should_leave
+    )
     if dataset.manifest.tokenizer_sha256 != tokenizer.fingerprint:
         raise DataError(
             f"{tokenizer.folder}: is not the tokenizer that {location} was built with "

@@ -18,6 +18,7 @@ from torch import distributed
 from dstrain.base.control import ControlPlane
 from dstrain.base.errors import DataError, DstrainError, PeerError, StorageError
 from dstrain.base.peer_loss import is_peer_loss
+from dstrain.base.protocols import Interrupted
 from dstrain.base.world import World
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
@@ -30,6 +31,8 @@ found = {}
 def attempt(name, action):
     try:
         found[name] = ["returned", control.together(action)]
+    except Interrupted as error:
+        found[name] = ["Interrupted", str(error)]
     except DstrainError as error:
         found[name] = [type(error).__name__, str(error), int(error.exit_code)]
 
@@ -49,6 +52,18 @@ attempt("nobody fails", fail_if(False))
 attempt("second fails", fail_if(rank == 1))
 attempt("first fails", fail_if(rank == 0, DataError))
 attempt("both fail", fail_if(True))
+def leave_if(leaving, otherwise):
+    def action():
+        if leaving:
+            raise Interrupted(f"asked on {rank}")
+        return otherwise()
+    return action
+
+attempt("second leaves", leave_if(rank == 1, lambda: rank))
+attempt("second leaves, first fails", leave_if(rank == 1, fail_if(True)))
+control.store.set("word", "here")
+control.barrier()
+found["store"] = control.store.check(["word"])
 found["still works"] = control.sum([1])
 control.barrier()
 if rank == 0:
@@ -119,3 +134,13 @@ def test_when_both_fail_the_first_speaks(found):
 
 def test_a_rank_whose_peer_has_gone_is_told_so_by_an_error_that_is_known_for_it(found):
     assert found[0]["lost"] is True
+
+
+def test_a_rank_that_was_asked_to_stop_takes_the_others_along_unless_one_has_a_fault(found):
+    assert [rank["second leaves"] for rank in found] == [["Interrupted", "asked on 1"]] * 2
+    assert found[0]["second leaves, first fails"] == ["StorageError", "no room on 0", 76]
+    assert found[1]["second leaves, first fails"] == ["PeerError", "rank 0: no room on 0", 76]
+
+
+def test_ranks_share_the_store_that_they_met_at(found):
+    assert [rank["store"] for rank in found] == [True, True]

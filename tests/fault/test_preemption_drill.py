@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,13 +13,13 @@ import pytest
 from dstrain.checkpoint.layout import published_steps
 from dstrain.health.signals import STOP_SIGNALS
 from tests.support.http_range_server import RangeServer, serve_ranges
-from tests.support.preemption import PHASES, STEPS, Chain, Result, Trial, build_shards_with_many_held_out
+from tests.support.preemption import AT_ONCE_S, PHASES, STEPS, Chain, Result, Trial, build_shards_with_many_held_out
 from tests.support.runs import step_events, wait_for
 from tests.support.zygote import Zygote
 
 pytestmark = pytest.mark.fault
 
-SOAK_CHAINS = 6  # of 7 phases and one import each: 48 trials
+SOAK_CHAINS = 6  # of 9 phases and one import each: 60 trials
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,22 @@ def test_a_spent_budget_ends_the_run_for_good(zygote: Zygote, server: RangeServe
     assert {e["cause"] for e in exits} == {"stop.max_tokens: 2000 are done"}
     tokens = [event["tokens"] for _, event in sorted(step_events(chain.run).items())]
     assert tokens[-3] < 2000 <= tokens[-1]  # seen after a step, agreed in the next
+
+
+def test_a_stop_file_ends_a_start_up_whose_store_does_not_answer(
+    zygote: Zygote, server: RangeServer, folder: Path
+) -> None:
+    """Rank 0 hears of it in a thread, rank 1 from rank 0; nothing is there, and nothing has to be saved."""
+    chain = Chain(zygote, server, folder, "unanswered")
+    with server.hold("/tokenizer/"), chain.start(f"data.path={server.url}") as job:
+        wait_for(lambda: server.waiting >= 2, job=job)
+        asked = time.monotonic()
+        (chain.run / "stop").touch()
+        assert job.wait() == [82, 82], job.output()
+        assert time.monotonic() - asked < AT_ONCE_S
+    assert [e["step"] for e in chain.exits()] == [None, None]
+    assert "Traceback" not in job.output()
+    assert not (chain.run / "checkpoints").exists()
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A web server over a folder that answers byte ranges, counts what it sends, and can be told to ignore ranges."""
+"""A web server over a folder that answers byte ranges, counts what it sends, and can be told to ignore ranges or to answer nothing."""
 
 from __future__ import annotations
 
@@ -20,10 +20,31 @@ class RangeServer:
         """Method, path with query, Range."""
         self.lock = threading.Lock()
         self.port = 0
+        self.waiting = 0
+        """Requests that are being held."""
+        self._held = ""
+        self._let_go = threading.Event()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    @contextmanager
+    def hold(self, part: str) -> Iterator[None]:
+        """While the block runs, answer no request whose path has this in it."""
+        self._let_go.clear()
+        self._held, self.waiting = part, 0
+        try:
+            yield
+        finally:
+            self._held = ""
+            self._let_go.set()
+
+    def wait_if_held(self, path: str) -> None:
+        if self._held and self._held in path:
+            with self.lock:
+                self.waiting += 1
+            self._let_go.wait()
 
 
 @contextmanager
@@ -42,6 +63,7 @@ def serve_ranges(folder: Path, *, ranges: bool = True) -> Iterator[RangeServer]:
 
         def answer(self, *, body: bool) -> None:
             wanted = self.headers.get("Range", "")
+            state.wait_if_held(self.path)
             with state.lock:
                 state.requests.append((self.command, self.path, wanted))
             path = (folder / self.path.partition("?")[0].lstrip("/")).resolve()

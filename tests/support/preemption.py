@@ -7,12 +7,12 @@ what it must equal is a run of the same settings that nobody disturbed.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -28,8 +28,14 @@ from tests.support.runs import Job, pretrain_job, pretrain_settings, step_events
 from tests.support.zygote import Zygote
 
 STEPS = 64
-PHASES = ("step", "restore", "first step", "evaluation", "save", "data", "start-up")
-"""What a forked rank can be met in; "import" is the eighth, of a process that starts from nothing."""
+PHASES = (
+    "step", "restore", "first step", "evaluation", "save", "data", "start-up", "start-up reads", "evaluation reads",
+)  # fmt: skip
+"""What a forked rank can be met in; "import" is the tenth, of a process that starts from nothing."""
+_UNANSWERED = {"data": "/train/shard", "start-up reads": "/tokenizer/", "evaluation reads": "/validation/"}
+"""Phases in which a store that does not answer is waited for, and what it does not answer."""
+AT_ONCE_S = 30.0
+"""In which a stop must end such a wait, on a busy machine too; the reads themselves would go on for 300 seconds."""
 
 
 def build_shards_with_many_held_out(folder: Path) -> Path:
@@ -108,21 +114,20 @@ class Chain:
         """Start, stop in the phase, and check what every stop promises."""
         saved_before = max((step for step, _ in published_steps(self.run / "checkpoints")), default=None)
         view = _View(self.run)
-        remote = (
-            [f"data.path={self._server.url}"] if trial.phase == "data" else []
-        )  # the same shards, which can be held
-        with pretrain_job(self._config, world_size=2) if trial.phase == "import" else self.start(*remote) as job:
-            held = trial.phase == "data"
-            trial = _wait_for_phase(trial, view, job, self._server)
-            try:
-                asked, asked_at = time.monotonic(), time.time()
-                trial.send(job)
-                codes = job.wait()
-            finally:
-                if held:
-                    self._server.lock.release()
+        with ExitStack() as stack:
+            if trial.phase.endswith("reads"):
+                stack.enter_context(self._server.hold(_UNANSWERED[trial.phase]))
+            job = stack.enter_context(self._start_for(trial))
+            if trial.phase == "data":
+                wait_for(lambda: view.steps() >= 1, job=job)
+                stack.enter_context(self._server.hold(_UNANSWERED["data"]))
+            _wait_for_phase(trial, view, job, self._server)
+            asked, asked_at = time.monotonic(), time.time()
+            trial.send(job)
+            codes = job.wait()
             seconds = time.monotonic() - asked
             said = f"{trial}: codes {codes}\n{job.output()}"
+        assert seconds < AT_ONCE_S or trial.phase not in _UNANSWERED, said
         assert codes == [75, 75], said
         exits = self.exits()
         assert [e["code"] for e in exits] == [75, 75], said
@@ -130,6 +135,12 @@ class Chain:
         assert exits[0]["step"] == exits[1]["step"], said
         self._check_saved(exits[0]["step"], saved_before, asked_at, said)
         return Stopped(exits[0]["step"], seconds)
+
+    def _start_for(self, trial: Trial) -> Job:
+        if trial.phase == "import":
+            return pretrain_job(self._config, world_size=2)
+        # The same shards, behind a server that can be told to be silent.
+        return self.start(*([f"data.path={self._server.url}"] if trial.phase in _UNANSWERED else []))
 
     def _check_saved(self, step: int, before: int | None, asked_at: float, said: str) -> None:
         found = newest_valid(self.run / "checkpoints")
@@ -219,38 +230,22 @@ class _View:
         return [p.name for p in folder.glob(".staging-*")] if folder.is_dir() else []
 
 
-def _wait_for_phase(trial: Trial, view: _View, job: Job, server: RangeServer) -> Trial:
-    """Return when the rank is in the phase; for "data", the server is held, and the rank is one that has to wait for it."""
+def _wait_for_phase(trial: Trial, view: _View, job: Job, server: RangeServer) -> None:
+    """Return when the rank is in the phase; "data": when one rank is out of data, and the other waits for it in the step."""
     pids = [process.pid for process in job.processes]
-    if trial.phase == "data":
-        return _hold_the_data(trial, view, job, server)
     reached: dict[str, Callable[[], bool]] = {
         "import": lambda: _catches(pids[trial.rank], signal.SIGUSR1),
         "start-up": lambda: _catches(pids[trial.rank], signal.SIGUSR1),
+        "start-up reads": lambda: server.waiting >= len(pids),
+        "evaluation reads": lambda: server.waiting >= len(pids),
         "restore": view.is_described,
         "first step": view.is_open,
         "step": lambda: view.steps() >= 2,
         "evaluation": lambda: view.steps() >= 1 and view.phase(pids[trial.rank], trial.rank)[0] == "evaluate",
         "save": view.is_staging,
+        "data": lambda: any(_is_stuck(view.phase(pid, rank)) for rank, pid in enumerate(pids)),
     }
     wait_for(reached[trial.phase], job=job)
-    return trial
-
-
-def _hold_the_data(trial: Trial, view: _View, job: Job, server: RangeServer) -> Trial:
-    """Which rank runs out of data first depends on who had fetched what; the other one waits for it in the step."""
-    wait_for(lambda: view.steps() >= 1, job=job)
-    server.lock.acquire()
-
-    def stuck() -> list[int]:
-        return [n for n, p in enumerate(job.processes) if _is_stuck(view.phase(p.pid, n))]
-
-    try:
-        wait_for(lambda: bool(stuck()), job=job)
-        return dataclasses.replace(trial, rank=stuck()[0])
-    except BaseException:
-        server.lock.release()
-        raise
 
 
 def _is_stuck(seen: tuple[str, float]) -> bool:

@@ -2,6 +2,7 @@ import pytest
 
 from dstrain.base.control import ControlPlane
 from dstrain.base.errors import ConfigError, DataError
+from dstrain.base.protocols import Interrupted
 from dstrain.base.world import World
 
 
@@ -43,6 +44,18 @@ def test_together_raises_the_own_fault_itself(alone):
 def test_together_does_not_dress_up_defects(alone):
     with pytest.raises(ZeroDivisionError):
         alone.together(lambda: 1 // 0)
+
+
+def test_together_leaves_when_the_action_was_left_because_of_a_stop(alone):
+    def leave():
+        raise Interrupted("asked to stop")
+
+    with pytest.raises(Interrupted, match="asked to stop"):
+        alone.together(leave)
+
+
+def test_a_world_of_one_meets_nowhere(alone):
+    assert alone.store is None
 
 
 def test_a_second_try_after_a_fault_is_a_fresh_one(alone):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from dstrain.base import remote
 from dstrain.base.errors import ConfigError, DataError
 from dstrain.base.locations import RemoteUrl, parse_location
+from dstrain.base.protocols import Interrupted
 from dstrain.base.remote import RemoteFolder, TransientRemoteError
 from tests.support.fault_proxy import fault_proxy
 from tests.support.http_range_server import serve_ranges
@@ -26,10 +28,10 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def opened(url: str) -> RemoteFolder:
+def opened(url: str, **options) -> RemoteFolder:
     location = parse_location(url)
     assert isinstance(location, RemoteUrl)
-    return RemoteFolder(location)
+    return RemoteFolder(location, **options)
 
 
 def test_a_range_and_a_size_come_exactly(folder):
@@ -105,6 +107,26 @@ def test_stores_without_an_event_loop_have_a_time_limit_too(monkeypatch):
     monkeypatch.setattr(memory, "cat_file", lambda *_, **__: time.sleep(30))
     with pytest.raises(TransientRemoteError, match=r"within 0\.1 s"):
         files.read_range("a.tar", 0, 10, timeout_s=0.1)
+
+
+@pytest.mark.parametrize("has_loop", [True, False])
+def test_who_is_asked_to_stop_does_not_wait_for_a_store_that_does_not_answer(folder, monkeypatch, has_loop):
+    asked = threading.Event()
+    with serve_ranges(folder) as server:
+        files = opened(server.url, should_leave=asked.is_set)
+        if not has_loop:
+            monkeypatch.setattr(files, "_is_http", False)
+            monkeypatch.setattr(files, "_files", fsspec.filesystem("memory", skip_instance_cache=True))
+            monkeypatch.setattr(
+                files._files, "cat_file", lambda *_, **__: server.lock.acquire() and server.lock.release()
+            )
+        with server.lock:  # every request waits for it
+            begin = time.monotonic()
+            threading.Timer(0.1, asked.set).start()
+            with pytest.raises(Interrupted, match="asked to stop"):
+                files.read_range("a.tar", 0, 10, timeout_s=600)
+            assert 0.1 <= time.monotonic() - begin < 10
+        files.close()
 
 
 def test_refusals_of_access_say_where_to_look():

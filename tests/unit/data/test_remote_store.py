@@ -7,6 +7,7 @@ import pytest
 
 from dstrain.base.errors import DataError, StorageError
 from dstrain.base.locations import RemoteUrl
+from dstrain.base.protocols import Interrupted, never
 from dstrain.base.remote import TransientRemoteError
 from dstrain.data import remote_store
 from dstrain.data.remote_store import RemoteStore
@@ -32,9 +33,9 @@ class Flaky:
         pass
 
 
-def store(folder: Flaky, **settings) -> RemoteStore:
+def store(folder: Flaky, *, should_leave=never, **settings) -> RemoteStore:
     url = RemoteUrl("https", "https://host/data", "sig=secret")
-    return RemoteStore(url, StorageConfig(**{"deadline_s": 5.0, **settings}), folder=folder)
+    return RemoteStore(url, StorageConfig(**{"deadline_s": 5.0, **settings}), folder=folder, should_leave=should_leave)
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +76,19 @@ def test_closing_ends_waits(monkeypatch):
     threading.Timer(0.05, origin.close).start()
     with pytest.raises(StorageError, match="not readable"):
         origin.read("a", 0, 1)
+
+
+def test_a_stop_request_ends_the_wait_between_two_tries(monkeypatch):
+    monkeypatch.setattr(remote_store, "FIRST_WAIT_S", 1e6)
+    monkeypatch.setattr(remote_store, "LONGEST_WAIT_S", 1e6)
+    asked = threading.Event()
+    threading.Timer(0.05, asked.set).start()
+    with pytest.raises(Interrupted, match="asked to stop while waiting for https://host/data$"):
+        store(Flaky(99), deadline_s=1e9, should_leave=asked.is_set).read("a", 0, 1)
+
+
+def test_what_answers_is_read_also_by_who_was_asked_to_stop():
+    assert store(Flaky(0), should_leave=lambda: True).read("a", 0, 1) == bytes(1)
 
 
 def test_waits_do_not_touch_the_global_random_stream():

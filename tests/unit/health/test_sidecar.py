@@ -5,51 +5,13 @@ import signal
 import subprocess
 import sys
 
-import pytest
-
-from dstrain.health.heartbeat import Heartbeat, Phase
+from dstrain.health.heartbeat import Phase
 from dstrain.health.incidents import HealthFolder
 from dstrain.health.sidecar import Sidecar, main
-from dstrain.health.sidecar_settings import SidecarSettings
-from dstrain.health.watchdog import WatchdogConfig
-from dstrain.health.watched_process import identify
-
-RANK = "import signal, sys; signal.signal(signal.SIGRTMIN + 5, signal.SIG_IGN); print(flush=True); sys.stdin.readline()"
-
-
-@pytest.fixture
-def rank():
-    """A process that has nothing to say when it is asked for stacks, and never makes progress by itself."""
-    process = subprocess.Popen([sys.executable, "-c", RANK], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    process.stdout.readline()
-    yield process
-    process.kill()
-    process.communicate()
-
-
-@pytest.fixture
-def heartbeat():
-    beat = Heartbeat()
-    yield beat
-    beat.close()
-
-
-@pytest.fixture
-def settings(tmp_path, rank, heartbeat):
-    config = WatchdogConfig(min_step_budget_s=0.1, first_step_s=0.1, poll_s=0.02, publish_s=0.05, report_s=2.0)
-    timing = {name: getattr(config, name) for name in SidecarSettings.TIMING}
-    return SidecarSettings(
-        run_folder=str(tmp_path), rank=0, world_size=1, pid=rank.pid, started=identify(rank.pid).started,
-        descriptor=heartbeat.descriptor, job="j", first=1, budgets=config.budgets(), **timing,
-    )  # fmt: skip
 
 
 def exit_file(folder, rank=0):
     return json.loads((folder / "exit" / f"rank-{rank:05d}.json").read_text())
-
-
-def test_settings_survive_the_command_line(settings):
-    assert SidecarSettings.from_plain(json.loads(json.dumps(settings.to_plain()))) == settings
 
 
 def test_it_is_small_and_knows_neither_torch_nor_pydantic():

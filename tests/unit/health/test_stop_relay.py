@@ -40,12 +40,19 @@ class Gone:
 def test_a_rank_that_waits_learns_what_another_was_asked():
     store = Shared()
     asked, waiting = StopRequest(), StopRequest()
-    with StopRelay(waiting, store) as there:
+    with StopRelay(waiting, store, look_every_s=0.0) as there:
         assert not there.should_leave()
         asked.ask("the time is up")
         assert StopRelay(asked, store).should_leave()
         assert there.should_leave()
         assert waiting.reason == "asked on another rank"
+
+
+def test_however_many_threads_wait_the_store_is_asked_twice_a_second():
+    store = Shared()
+    with StopRelay(StopRequest(), store) as relay:
+        assert not any(relay.should_leave() for _ in range(1000))
+    assert store.checks <= 1 + 2  # the loop would have to take a second and more
 
 
 def test_the_own_reason_stays_and_is_told_once():

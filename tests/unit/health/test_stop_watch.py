@@ -39,6 +39,18 @@ def test_the_stop_file_ends_the_run_for_good(tmp_path):
     assert (stop.reason, stop.requeue) == ("stop file: enough", False)
 
 
+def test_a_reason_is_told_to_ranks_that_wait(tmp_path):
+    stop, told = StopRequest(), []
+    watcher = StopWatch(
+        stop, StopConfig(), tmp_path, num_devices=2, started=time.monotonic(), tell=lambda: told.append(stop.reason)
+    )
+    watcher.look()
+    assert told == []
+    (tmp_path / "stop").touch()
+    watcher.look()
+    assert told == [stop.reason]
+
+
 def test_the_save_file_asks_for_one_save(tmp_path):
     stop = StopRequest()
     watcher = watch(tmp_path, stop)
