@@ -152,6 +152,20 @@ def test_configuration_page_is_up_to_date() -> None:
     assert page.render(text) == text, "docs/configuration.md is out of date: run `make docs`"
 
 
+def test_tests_named_in_pages_exist() -> None:
+    named = {
+        (page.name, *found)
+        for page in (ROOT / "docs").rglob("*.md")
+        for found in re.findall(r"`(tests/[^`\s*]*?\.py)(?:::(\w+))?`", page.read_text(encoding="utf-8"))
+    }
+    assert len([page for page, _, _ in named if page == "faults.md"]) >= 25
+    for page, file, test in sorted(named):
+        assert (ROOT / file).is_file(), f"docs/{page} names {file}"
+        source = (ROOT / file).read_text(encoding="utf-8")
+        found = re.search(rf"^def {test}\(" if test else r"^def test_|^def main", source, re.MULTILINE)
+        assert found, f"docs/{page} names {file}::{test}"
+
+
 @needs_git
 def test_readme_tree_is_the_top_level_on_disk() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
