@@ -2,18 +2,20 @@
 
 Phases are recognised by facts: signal handlers in place (/proc), files rewritten, events, staging folders, and the phase
 files that each rank's watchdog writes. A chain stops one and the same run again and again and at last lets it finish;
-what it must equal is a run of the same settings that nobody disturbed.
+what it must equal is a run of the same settings that nobody disturbed. `preemptions` plays any number of trials; the fast
+tier (`tests/fault`) asks for one chain, `benchmarks/preemption.py` and the soak for many.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,9 @@ from dstrain.checkpoint.reader import newest_valid
 from dstrain.corpus.build import ShardBuildConfig, build_shards
 from dstrain.corpus.documents import CorpusConfig, find_sources, read_documents
 from dstrain.data.tokenizer import train_tokenizer
-from tests.support.http_range_server import RangeServer
+from dstrain.health.signals import STOP_SIGNALS
+from tests.support.http_range_server import RangeServer, serve_ranges
+from tests.support.run_view import RunView
 from tests.support.runs import Job, pretrain_job, pretrain_settings, step_events, wait_for, write_config, write_corpus
 from tests.support.zygote import Zygote
 
@@ -83,9 +87,11 @@ class Stopped:
     """How a trial ended."""
 
     step: int | None
-    """Saved, as the ranks say."""
+    """Saved, as the ranks say; None when none had been done."""
     seconds: float
     """From the signal until the last rank had left."""
+    steps_after: int
+    """Done after the signal: the one in flight, and the one in which the ranks agree."""
 
 
 class Chain:
@@ -113,7 +119,7 @@ class Chain:
     def stop_in(self, trial: Trial) -> Stopped:
         """Start, stop in the phase, and check what every stop promises."""
         saved_before = max((step for step, _ in published_steps(self.run / "checkpoints")), default=None)
-        view = _View(self.run)
+        view = RunView(self.run)
         with ExitStack() as stack:
             if trial.phase.endswith("reads"):
                 stack.enter_context(self._server.hold(_UNANSWERED[trial.phase]))
@@ -133,8 +139,8 @@ class Chain:
         assert [e["code"] for e in exits] == [75, 75], said
         assert exits[trial.rank]["signal"] == trial.signal.name, said
         assert exits[0]["step"] == exits[1]["step"], said
-        self._check_saved(exits[0]["step"], saved_before, asked_at, said)
-        return Stopped(exits[0]["step"], seconds)
+        steps_after = self._check_saved(exits[0]["step"], saved_before, asked_at, said)
+        return Stopped(exits[0]["step"], seconds, steps_after)
 
     def _start_for(self, trial: Trial) -> Job:
         if trial.phase == "import":
@@ -142,7 +148,8 @@ class Chain:
         # The same shards, behind a server that can be told to be silent.
         return self.start(*([f"data.path={self._server.url}"] if trial.phase in _UNANSWERED else []))
 
-    def _check_saved(self, step: int, before: int | None, asked_at: float, said: str) -> None:
+    def _check_saved(self, step: int, before: int | None, asked_at: float, said: str) -> int:
+        """No step that was done is lost, whatever happened; returns how many were done after the request."""
         found = newest_valid(self.run / "checkpoints")
         assert not found.damaged, said
         newest = None if found.checkpoint is None else found.checkpoint.manifest.step
@@ -155,6 +162,7 @@ class Chain:
         else:
             assert newest == max(step or 0, before or 0), said
             assert newest >= max(step_events(self.run), default=0), f"steps were lost; {said}"
+        return len(taken)
 
 
 @dataclass(frozen=True)
@@ -179,58 +187,81 @@ class Result:
         )
 
 
-class _View:
-    """What a run folder shows of the attempt that is about to start."""
+@dataclass(frozen=True)
+class Record:
+    """A trial that was played."""
 
-    def __init__(self, run: Path) -> None:
-        self.run = run
-        self._described = self._stamp("environment.json")
-        self._events = self._count()
-        self.first_step = max(step_events(run), default=0)
-        self._staged = set(self._staging())
+    chain: int
+    trial: Trial
+    stopped: Stopped
 
-    def is_described(self) -> bool:
-        """The run has said what it is; now the engine is built and filled."""
-        return self._stamp("environment.json") != self._described
 
-    def is_open(self) -> bool:
-        """The loop is about to begin: an event of this attempt is there."""
-        return self._count() > self._events
+@dataclass
+class Drill:
+    """All trials of a call of `preemptions`."""
 
-    def steps(self) -> int:
-        """Steps of this attempt."""
-        return max(step_events(self.run), default=0) - self.first_step
+    seed: int
+    chains: int = 0
+    records: list[Record] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    """Of trials that broke a promise, and of chains whose end differs from that of the undisturbed run."""
 
-    def is_staging(self) -> bool:
-        """A checkpoint of this attempt is being written."""
-        return bool(set(self._staging()) - self._staged)
+    @property
+    def trials(self) -> int:
+        """Played, failed ones too."""
+        return len(self.records) + sum(failure.startswith("trial") for failure in self.failures)
 
-    def phase(self, pid: int, rank: int) -> tuple[str, float]:
-        """What the rank's watchdog says: phase, and seconds in it; nothing of an earlier attempt."""
+    @property
+    def points(self) -> int:
+        """Distinct combinations of phase, signal, rank and target."""
+        return len({record.trial for record in self.records})
+
+
+def preemptions(folder: Path, trials: int, *, seed: int, say: Callable[[str], None] = lambda _: None) -> Drill:
+    """Stop runs again and again: chains that meet every phase once, in random order, with random signals to random targets.
+
+    A chain ends with the run's completion and a comparison of its bytes with those of a run that nobody stopped. Nobody
+    here asserts: what went wrong stands in `failures`.
+
+    Args:
+        folder: empty, for shards and runs.
+        trials: stops, at least; chains are always played to their end.
+        seed: of all choices. When a request arrives within its phase is up to the machine.
+        say: told of each trial.
+    """
+    chance, drill = random.Random(seed), Drill(seed)
+    with Zygote(folder / "zygote.log") as zygote, serve_ranges(build_shards_with_many_held_out(folder)) as server:
+        undisturbed = Chain(zygote, server, folder, "undisturbed").finish()
+        while drill.trials < trials:
+            _play_chain(drill, Chain(zygote, server, folder, f"chain-{drill.chains}"), undisturbed, chance, say)
+            drill.chains += 1
+    return drill
+
+
+def _play_chain(
+    drill: Drill, chain: Chain, undisturbed: Result, chance: random.Random, say: Callable[[str], None]
+) -> None:
+    phases = [*PHASES, "import"]
+    chance.shuffle(phases)
+    for phase in phases:
+        trial = Trial(phase, chance.choice(STOP_SIGNALS), chance.randrange(2), group=chance.random() < 0.25)
         try:
-            facts = json.loads((self.run / "health" / f"rank-{rank:05d}.json").read_text())
-        except (OSError, ValueError):
-            return "", 0.0
-        return (facts["phase"], facts["time_in_phase_s"]) if facts["pid"] == pid else ("", 0.0)
-
-    def _stamp(self, name: str) -> int:
-        try:
-            return (self.run / name).stat().st_mtime_ns
-        except FileNotFoundError:
-            return 0
-
-    def _count(self) -> int:
-        try:
-            return (self.run / "events.jsonl").read_bytes().count(b"\n")
-        except FileNotFoundError:
-            return 0
-
-    def _staging(self) -> list[str]:
-        folder = self.run / "checkpoints"
-        return [p.name for p in folder.glob(".staging-*")] if folder.is_dir() else []
+            drill.records.append(Record(drill.chains, trial, chain.stop_in(trial)))
+        except AssertionError as broken:
+            drill.failures.append(f"trial {drill.trials} (seed {drill.seed}, chain {drill.chains}): {broken}")
+        say(f"{drill.trials}: {trial}")
+    try:
+        same = chain.finish() == undisturbed
+    except AssertionError as broken:
+        drill.failures.append(f"chain {drill.chains} (seed {drill.seed}) does not complete: {broken}")
+        return
+    if not same:
+        drill.failures.append(
+            f"chain {drill.chains} (seed {drill.seed}) ends with other bytes than the undisturbed run"
+        )
 
 
-def _wait_for_phase(trial: Trial, view: _View, job: Job, server: RangeServer) -> None:
+def _wait_for_phase(trial: Trial, view: RunView, job: Job, server: RangeServer) -> None:
     """Return when the rank is in the phase; "data": when one rank is out of data, and the other waits for it in the step."""
     pids = [process.pid for process in job.processes]
     reached: dict[str, Callable[[], bool]] = {
