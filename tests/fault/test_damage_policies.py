@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from dstrain.data.reader import ShardDataset
-from tests.support.runs import build_tiny_shards, pretrain_job, pretrain_settings, step_events, write_config
+from tests.support.runs import build_tiny_shards, pretrain_settings, step_events, write_config
+from tests.support.zygote import Zygote
 
 pytestmark = pytest.mark.fault
 
@@ -19,11 +20,13 @@ DAMAGED = 3
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shards(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> Path:
     """Shards whose rows were counted once, so that damage is met by the training, not by the counting."""
     folder = tmp_path_factory.mktemp("damage")
     shards = build_tiny_shards(folder, num_documents=80, block_tokens=512)
-    with pretrain_job(write_config(folder / "first.yaml", run_settings(shards, folder / "first")), world_size=1) as job:
+    with zygote.start_ranks(
+        write_config(folder / "first.yaml", run_settings(shards, folder / "first")), world_size=1
+    ) as job:
         job.succeed()
     return shards
 
@@ -48,13 +51,15 @@ def damaged_copy(shards: Path, copy: Path, *, blocks: tuple[int, ...] = (DAMAGED
 
 
 @pytest.mark.parametrize("policy", ["mask", "substitute"])
-def test_ranks_go_on_together_without_a_damaged_block(tmp_path: Path, shards: Path, policy: str) -> None:
+def test_ranks_go_on_together_without_a_damaged_block(
+    tmp_path: Path, shards: Path, policy: str, zygote: Zygote
+) -> None:
     copy = damaged_copy(shards, tmp_path / "shards")
     found = {}
     for world in (1, 2):
         run = tmp_path / f"{policy}-{world}"
         settings = run_settings(copy, run, damage=policy)
-        with pretrain_job(write_config(run.with_suffix(".yaml"), settings), world_size=world) as job:
+        with zygote.start_ranks(write_config(run.with_suffix(".yaml"), settings), world_size=world) as job:
             job.succeed()
             assert "Traceback" not in job.output()
         found[world] = step_events(run)
@@ -70,19 +75,23 @@ def test_ranks_go_on_together_without_a_damaged_block(tmp_path: Path, shards: Pa
         assert found[2][step]["loss"] == pytest.approx(event["loss"], abs=1e-4)
 
 
-def test_more_damage_than_allowed_stops_every_rank_at_the_same_step(tmp_path: Path, shards: Path) -> None:
+def test_more_damage_than_allowed_stops_every_rank_at_the_same_step(
+    tmp_path: Path, shards: Path, zygote: Zygote
+) -> None:
     copy = damaged_copy(shards, tmp_path / "shards", blocks=(1, 3, 5))
     settings = run_settings(copy, tmp_path / "run", damage="mask")
-    with pretrain_job(write_config(tmp_path / "run.yaml", settings), world_size=2) as job:
+    with zygote.start_ranks(write_config(tmp_path / "run.yaml", settings), world_size=2) as job:
         assert job.wait() == [78, 78]
         said = job.output()
     assert "data.damage_allowance lets 1 pass" in said
     assert "Traceback" not in said
 
 
-def test_failing_is_the_default(tmp_path: Path, shards: Path) -> None:
+def test_failing_is_the_default(tmp_path: Path, shards: Path, zygote: Zygote) -> None:
     copy = damaged_copy(shards, tmp_path / "shards")
-    with pretrain_job(write_config(tmp_path / "run.yaml", run_settings(copy, tmp_path / "run")), world_size=2) as job:
+    with zygote.start_ranks(
+        write_config(tmp_path / "run.yaml", run_settings(copy, tmp_path / "run")), world_size=2
+    ) as job:
         assert job.wait() == [78, 78]
         said = job.output()
     assert f"block {DAMAGED} is damaged" in said

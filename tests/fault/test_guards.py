@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import signal
 from typing import Any
 
 import pytest
 
 from tests.support.guard_worker import NAN_STEPS, SPIKE_STEPS, Injection, nan_plan, spike_plan
 from tests.support.matrix_worker import PRECISIONS, STAGES
-from tests.support.runs import Job
+from tests.support.zygote import Zygote
 
 pytestmark = pytest.mark.fault
 
@@ -24,13 +23,10 @@ PLANS: dict[str, tuple[dict[int, Injection], int]] = {
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> list[dict[str, Any]]:
     root = tmp_path_factory.mktemp("guards")
-    job = Job(["-m", "tests.support.guard_worker", str(root)], world_size=2, log_folder=root / "logs")
-    try:
+    with zygote.start_module("tests.support.guard_worker", str(root), log_folder=root / "logs") as job:
         job.succeed(timeout_s=240)
-    finally:
-        job.signal(signal.SIGKILL)
     return [json.loads((root / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 

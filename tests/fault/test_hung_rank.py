@@ -15,14 +15,20 @@ import pytest
 from dstrain.checkpoint.reader import newest_valid
 from dstrain.health.hang_report import in_collective
 from dstrain.health.watched_process import identify
-from tests.support.runs import build_tiny_shards, pretrain_job, pretrain_settings, step_events, wait_for, write_config
+from tests.support.runs import build_tiny_shards, pretrain_settings, step_events, wait_for, write_config
+from tests.support.zygote import Zygote
 
 pytestmark = pytest.mark.fault
 
 MIN_STEP_BUDGET_S = 3.0
 SLACK_S = 20.0
 """For two ranks and two watchdogs on two cores that others use, too."""
-WATCHDOG = {"min_step_budget_s": MIN_STEP_BUDGET_S, "data_s": MIN_STEP_BUDGET_S, "publish_s": 0.5, "peer_grace_s": SLACK_S}
+WATCHDOG = {
+    "min_step_budget_s": MIN_STEP_BUDGET_S,
+    "data_s": MIN_STEP_BUDGET_S,
+    "publish_s": 0.5,
+    "peer_grace_s": SLACK_S,
+}
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +69,11 @@ def _wait_for_no_watchdogs(run: Path) -> None:
         time.sleep(0.05)
 
 
-def test_a_stopped_rank_is_named_and_the_run_goes_on_when_it_is_started_again(tmp_path: Path, shards: Path) -> None:
+def test_a_stopped_rank_is_named_and_the_run_goes_on_when_it_is_started_again(
+    tmp_path: Path, shards: Path, zygote: Zygote
+) -> None:
     run, config = _prepare(tmp_path, shards)
-    with pretrain_job(config, world_size=2) as job:
+    with zygote.start_ranks(config, world_size=2) as job:
         wait_for(lambda: max(step_events(run), default=0) >= 8, job=job)
         stopped_at = time.monotonic()
         job.signal(signal.SIGSTOP, ranks=[1])
@@ -83,16 +91,16 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_when_it_is_started_again(tm
 
     assert newest_valid(run / "checkpoints").checkpoint is not None
     goal = max(step_events(run)) + 3
-    with pretrain_job(config, f"train.max_steps={goal}", world_size=2) as again:
+    with zygote.start_ranks(config, f"train.max_steps={goal}", world_size=2) as again:
         again.succeed()
     assert max(step_events(run)) == goal
     assert [e["code"] for e in _exits(run)] == [0, 0]
     assert [_read(p)["ended"] for p in sorted((run / "health").glob("rank-*.json"))] == ["cleanly"] * 2
 
 
-def test_a_killed_rank_ends_the_other_one_within_seconds(tmp_path: Path, shards: Path) -> None:
+def test_a_killed_rank_ends_the_other_one_within_seconds(tmp_path: Path, shards: Path, zygote: Zygote) -> None:
     run, config = _prepare(tmp_path, shards)
-    with pretrain_job(config, world_size=2) as job:
+    with zygote.start_ranks(config, world_size=2) as job:
         wait_for(lambda: max(step_events(run), default=0) >= 4, job=job)
         killed_at = time.monotonic()
         job.signal(signal.SIGKILL, ranks=[1])

@@ -34,12 +34,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def zygote(folder: Path) -> Iterator[Zygote]:
-    with Zygote(folder / "zygote.log") as zygote:
-        yield zygote
-
-
-@pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[RangeServer]:
     with serve_ranges(build_shards_with_many_held_out(folder)) as server:
         yield server

@@ -10,8 +10,9 @@ import pytest
 
 from dstrain.cli.training import load_stage_config
 from dstrain.stages.audit import audit_run
-from tests.support.runs import Job, build_tiny_shards, pretrain_settings, step_events, write_config
+from tests.support.runs import build_tiny_shards, pretrain_settings, step_events, write_config
 from tests.support.spike_worker import BAD_STEPS
+from tests.support.zygote import Zygote
 
 pytestmark = pytest.mark.fault
 
@@ -27,13 +28,15 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_shards(tmp_path_factory.mktemp("spike"), num_documents=1200)
 
 
-def spiky_run(shards: Path, run: Path, *, world_size: int, **guards: Any) -> tuple[list[int], str, Path]:
+def spiky_run(
+    zygote: Zygote, shards: Path, run: Path, *, world_size: int, **guards: Any
+) -> tuple[list[int], str, Path]:
     settings = pretrain_settings(
         shards, run, train={"max_steps": MAX_STEPS, "evaluate_rows": 4, "guards": {**GUARDS, **guards}}
     )
     config = write_config(run.with_suffix(".yaml"), settings)
-    command = ["-m", "tests.support.spike_worker", str(config)]
-    with Job(command, world_size=world_size, log_folder=run.parent / f"logs-{run.name}") as job:
+    logs = run.parent / f"logs-{run.name}"
+    with zygote.start_module("tests.support.spike_worker", str(config), world_size=world_size, log_folder=logs) as job:
         return job.wait(), job.output(), config
 
 
@@ -43,11 +46,11 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def rolled(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[int, Path]:
+def rolled(tmp_path_factory: pytest.TempPathFactory, shards: Path, zygote: Zygote) -> dict[int, Path]:
     """A run that met the spike, at two world sizes."""
     folder = tmp_path_factory.mktemp("rolled")
     for world in (1, 2):
-        codes, said, _ = spiky_run(shards, folder / f"w{world}", world_size=world)
+        codes, said, _ = spiky_run(zygote, shards, folder / f"w{world}", world_size=world)
         assert codes == [0] * world, said
     return {world: folder / f"w{world}" for world in (1, 2)}
 
@@ -96,8 +99,10 @@ def test_the_run_audits_in_full(rolled: dict[int, Path], world: int) -> None:
     assert sum(epoch.repeated for epoch in report.coverage) == 0
 
 
-def test_a_spike_that_roll_backs_may_not_cure_stops_the_run_with_a_diagnosis(shards: Path, tmp_path: Path) -> None:
-    codes, said, _ = spiky_run(shards, tmp_path / "run", world_size=2, roll_backs_limit=0)
+def test_a_spike_that_roll_backs_may_not_cure_stops_the_run_with_a_diagnosis(
+    shards: Path, tmp_path: Path, zygote: Zygote
+) -> None:
+    codes, said, _ = spiky_run(zygote, shards, tmp_path / "run", world_size=2, roll_backs_limit=0)
     assert codes == [79, 79]
     assert "deviations above the usual" in said
     assert "Traceback" not in said

@@ -18,12 +18,12 @@ from tests.support.runs import (
     ROOT,
     build_tiny_shards,
     free_port,
-    pretrain_job,
     pretrain_settings,
     step_events,
     wait_for,
     write_config,
 )  # fmt: skip
+from tests.support.zygote import Zygote
 
 pytestmark = pytest.mark.fault
 
@@ -36,13 +36,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_one_signal_to_one_rank_stops_all_ranks_at_one_saved_step_and_a_second_job_is_refused_meanwhile(
-    tmp_path: Path, shards: Path
+    tmp_path: Path, shards: Path, zygote: Zygote
 ) -> None:
     run = tmp_path / "run"
     config = write_config(tmp_path / "run.yaml", pretrain_settings(shards, run, **LONG))
-    with pretrain_job(config, world_size=2) as job:
+    with zygote.start_ranks(config, world_size=2) as job:
         wait_for(lambda: max(step_events(run), default=0) >= 3, job=job)
-        with pretrain_job(config, world_size=1) as second:
+        with zygote.start_ranks(config, world_size=1) as second:
             assert second.wait() == [80]
             assert "in use by process" in second.output()
             assert "Traceback" not in second.output()
@@ -58,11 +58,11 @@ def test_one_signal_to_one_rank_stops_all_ranks_at_one_saved_step_and_a_second_j
     assert not (run / "lease.json").exists()
 
     again = ["train.max_steps=" + str(last + 2)]
-    with pretrain_job(config, *again, world_size=1) as resumed:
+    with zygote.start_ranks(config, *again, world_size=1) as resumed:
         resumed.succeed()
     assert max(step_events(run)) == last + 2
     started = time.monotonic()
-    with pretrain_job(config, *again, world_size=1) as complete:
+    with zygote.start_ranks(config, *again, world_size=1) as complete:
         complete.succeed()
         assert "already complete" in complete.output()
     assert time.monotonic() - started < 60

@@ -21,7 +21,8 @@ from dstrain.launcher.history import failure_statistics, read_history
 from dstrain.launcher.process_group import ProcessGroup
 from dstrain.launcher.starters import TOKEN
 from tests.support.fake_stage import fake_command
-from tests.support.runs import ROOT, build_tiny_shards, pretrain_job, pretrain_settings, step_events, write_config
+from tests.support.runs import ROOT, build_tiny_shards, pretrain_settings, step_events, write_config
+from tests.support.zygote import Zygote
 
 pytestmark = pytest.mark.fault
 
@@ -279,11 +280,13 @@ def test_the_others_of_a_dead_rank_are_ended_in_bounded_time(tmp_path: Path) -> 
 
 
 @pytest.mark.timeout(600)
-def test_a_real_run_with_a_killed_rank_finishes_with_the_ledger_of_the_undisturbed_run(tmp_path: Path) -> None:
+def test_a_real_run_with_a_killed_rank_finishes_with_the_ledger_of_the_undisturbed_run(
+    tmp_path: Path, zygote: Zygote
+) -> None:
     shards = build_tiny_shards(tmp_path)
     steps = {"train": {"max_steps": 24}, "checkpoint": {"every_steps": 4}}
     calm = write_config(tmp_path / "calm.yaml", pretrain_settings(shards, tmp_path / "calm", **steps))
-    with pretrain_job(calm, world_size=1) as undisturbed:
+    with zygote.start_ranks(calm, world_size=1) as undisturbed:
         undisturbed.succeed()
     run = tmp_path / "run"
     config = write_config(tmp_path / "run.yaml", pretrain_settings(shards, run, **steps))

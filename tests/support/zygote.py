@@ -2,8 +2,8 @@
 
 A test that kills or signals hundreds of training runs would spend nearly all its time importing. The zygote imports,
 opens nothing, starts no thread, and then forks one process per rank; each is a session of its own with its own environment
-and log, and runs the command line just as `launch/*.py` do. What it cannot show is the time before the imports are done:
-use `tests.support.runs.pretrain_job` for that.
+and log, and runs the command line just as `launch/*.py` do, or a module of the tests. What it cannot show is the time before
+the imports are done: use `tests.support.runs.pretrain_job` for that.
 
     with Zygote(tmp_path / "zygote.log") as zygote:
         with zygote.start_ranks(config, "train.max_steps=6", world_size=2) as job:
@@ -20,6 +20,7 @@ import atexit
 import gc
 import json
 import os
+import runpy
 import select
 import signal
 import subprocess
@@ -138,6 +139,11 @@ class Zygote:
         argv = [stage, "--config", str(config), *overrides]
         return ForkedJob(self, argv, world_size=world_size, log_folder=logs, environment=environment or {})
 
+    def start_module(self, module: str, *arguments: str, log_folder: Path, world_size: int = 2) -> ForkedJob:
+        """Start `python -m MODULE ARGUMENT...` on every rank."""
+        argv = ["-m", module, *arguments]
+        return ForkedJob(self, argv, world_size=world_size, log_folder=log_folder, environment={})
+
     def ask(self, request: dict[str, Any]) -> int:
         """One request, one number."""
         assert self._process.stdin is not None
@@ -240,9 +246,18 @@ def _leave(command: Callable[[], int]) -> None:
     os._exit(code)
 
 
-if __name__ == "__main__":
-    arguments = _serve()
+def _run(arguments: list[str]) -> int:
+    """The command of a forked rank."""
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        return 0
     from dstrain.cli.main import main
 
     sys.argv = ["dstrain", *arguments]
-    _leave(lambda: main(arguments))
+    return main(arguments)
+
+
+if __name__ == "__main__":
+    given = _serve()
+    _leave(lambda: _run(given))
