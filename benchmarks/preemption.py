@@ -11,7 +11,6 @@ trials about 3/n.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import sys
 import tempfile
@@ -20,22 +19,11 @@ from collections import Counter
 from pathlib import Path
 
 from header import ROOT, Facts
+from soak import upper_bound
 
 sys.path.insert(0, str(ROOT))  # started by path: the folder of the repository is not on the path yet
 
 from tests.support.preemption import PHASES, Drill, preemptions
-
-
-def upper_bound(failures: int, trials: int, *, confidence: float = 0.95) -> float:
-    """The largest failure rate that so few failures in so many trials still allow."""
-    if failures >= trials:
-        return 1.0
-    low, high = failures / trials, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        seen = sum(math.comb(trials, k) * middle**k * (1 - middle) ** (trials - k) for k in range(failures + 1))
-        low, high = (middle, high) if seen > 1 - confidence else (low, middle)
-    return high
 
 
 def table(drill: Drill) -> str:

@@ -6,7 +6,6 @@ Many more: `python benchmarks/soak.py --parts training`.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 
 import pytest
 
@@ -22,10 +21,8 @@ SETTING = Setting(2, 1, "bf16")
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingBench]:
-    folder = tmp_path_factory.mktemp("training-kills")
-    with Zygote(folder / "zygote.log") as zygote:
-        yield TrainingBench(folder / "runs", zygote)
+def bench(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> TrainingBench:
+    return TrainingBench(tmp_path_factory.mktemp("training-kills") / "runs", zygote)
 
 
 def test_a_run_killed_some_steps_after_a_save_goes_on_bit_for_bit(bench: TrainingBench) -> None:
