@@ -242,14 +242,15 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="processes for the parts without training")
     parser.add_argument("--work", type=Path, default=None, help="scratch folder of the training runs")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the result")
+    parser.add_argument("--name", default="soak", help="of the result files")
     options = parser.parse_args()
     facts = Facts.now(__file__, packages=PACKAGES)
     rows = [row_of(part, *run_part(part, options)) for part in PARTS if part.name in options.parts]
     text = report(facts, rows, options.seed)
     print(text)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{facts.date}-soak.md").write_text(text)
-    (options.out / f"{facts.date}-soak.json").write_text(
+    (options.out / f"{facts.date}-{options.name}.md").write_text(text)
+    (options.out / f"{facts.date}-{options.name}.json").write_text(
         json.dumps({"facts": facts.to_json(), "seed": options.seed, "rows": rows}, indent=1) + "\n"
     )
     blind = [row["part"] for row in rows if row["is_control"] and row["failures"] < 0.05 * row["trials"]]
