@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
@@ -17,40 +14,12 @@ from dstrain.corpus import build_plan, build_tasks
 from dstrain.corpus.build import ShardBuildConfig, build_shards
 from dstrain.corpus.work_folder import WorkFolder
 from dstrain.data.tokenizer import train_tokenizer
+from tests.support.runs import wait_for
 
 pytestmark = pytest.mark.fault
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wise owls watch from their old oak tree".split()
 SETTINGS = {"block_tokens": 64, "shard_bytes": 8192, "validation_fraction": 0.1}
-SCRIPT = """
-import json, sys, time
-from pathlib import Path
-from dstrain.corpus import build_finish, build_plan, executors
-from dstrain.corpus.build import ShardBuildConfig, build_shards
-from dstrain.corpus.executors import Progress
-
-corpus, tokenizer, out, moment, workers, settings = sys.argv[1:]
-build_plan._LEAST_MAP_BYTES = 2048
-
-def stall(*_, **__):
-    print("ready", flush=True)
-    time.sleep(600)
-
-if moment == "finish":
-    build_finish.write_card = stall
-else:
-    left = int(moment)
-    count = Progress.finished
-    def finished(self, task, result):
-        global left
-        count(self, task, result)
-        left -= 1
-        if left <= 0:
-            stall()
-    Progress.finished = finished
-config = ShardBuildConfig(workers=int(workers), **json.loads(settings))
-build_shards([corpus + "/*.jsonl"], tokenizer=Path(tokenizer), out=Path(out), config=config, quiet=True)
-"""
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -103,16 +72,24 @@ def build(corpus: Path, tokenizer: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize(("moment", "workers"), [("1", 1), ("9", 1), ("14", 1), ("finish", 1), ("10", 2), ("18", 2)])
-def test_a_killed_build_goes_on_with_what_is_missing(made, tmp_path, moment, workers):
+def test_a_killed_build_goes_on_with_what_is_missing(made, tmp_path, tmp_path_factory, zygote, moment, workers):
     corpus, tokenizer, expected, tasks = made
-    out = tmp_path / "out"
-    arguments = [str(corpus), str(tokenizer), str(out), moment, str(workers), json.dumps(SETTINGS)]
-    with subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "ready\n"
-        children = psutil.Process(process.pid).children(recursive=True)
+    out, aside = tmp_path / "out", tmp_path_factory.mktemp("aside")
+    arguments = [
+        str(corpus),
+        str(tokenizer),
+        str(out),
+        moment,
+        str(workers),
+        json.dumps(SETTINGS),
+        str(aside / "ready"),
+    ]
+    with zygote.start_module("tests.support.stalled_build", *arguments, world_size=1, log_folder=aside) as job:
+        wait_for((aside / "ready").exists, job=job)
+        children = psutil.Process(job.processes[0].pid).children(recursive=True)
         assert bool(children) == (workers > 1)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        job.signal(signal.SIGKILL)
+        job.wait()
     assert not out.exists()
     assert psutil.wait_procs(children, timeout=30)[1] == []
     work = WorkFolder.beside(out)
