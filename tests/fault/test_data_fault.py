@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import Job, build_tiny_shards, pretrain_settings, step_events, write_config
+from tests.support.runs import build_tiny_shards, pretrain_settings, step_events, write_config
+from tests.support.zygote import Zygote
 
 pytestmark = pytest.mark.fault
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_a_data_fault_on_one_rank_is_agreed_by_all(tmp_path: Path, prefetch: int) -> None:
+def test_a_data_fault_on_one_rank_is_agreed_by_all(tmp_path: Path, zygote: Zygote, prefetch: int) -> None:
     shards = build_tiny_shards(tmp_path, num_documents=60)
     run = tmp_path / "run"
     settings = pretrain_settings(shards, run, train={"max_steps": 50}, data={"prefetch_steps": prefetch})
     config = write_config(tmp_path / "run.yaml", settings)
-    command = ["-m", "tests.support.damage_worker", str(config)]
-    with Job(command, world_size=2, log_folder=tmp_path / "logs") as job:
+    with zygote.start_module("tests.support.damage_worker", str(config), log_folder=tmp_path / "logs") as job:
         assert job.wait(100) == [78, 78], job.output()
         said = job.output()
     assert "Traceback" not in said
