@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dstrain.base.errors import DstrainError, PeerError
-from dstrain.cli import audit, demo, export, launch, shards, tokenizer, training
+from dstrain.cli import audit, demo, export, launch, shards, status, tokenizer, training
 
 _EPILOG = """
 the way from text to a model:
@@ -21,6 +21,7 @@ the way from text to a model:
   dstrain launch pretrain configs/bert-base.yaml --num-processes 8      (the same, restarted after failures)
   dstrain export runs/bert-base --out hf/
   deepspeed --num_gpus 8 launch/finetune.py --config configs/finetune/sst2.yaml model.init_from=runs/bert-base
+  dstrain status runs/bert-base --watch         (what is it doing?)
   tensorboard --logdir runs/
   dstrain audit runs/bert-base                  (what was it trained on?)
 
@@ -38,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    for module in (tokenizer, shards, training, launch, audit, export, demo):
+    for module in (tokenizer, shards, training, launch, status, audit, export, demo):
         module.add_parser(subparsers)
     return parser
 
