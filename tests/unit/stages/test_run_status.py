@@ -2,67 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from dstrain.base.errors import ConfigError, ExitCode
-from dstrain.base.storage import write_json
 from dstrain.base.world import World
-from dstrain.cli.main import main
 from dstrain.health.lease import RunLease
 from dstrain.health.outcomes import write_exit
-from dstrain.monitor.events import EventLog
-from dstrain.stages.run_status import ALIVE_S, duration, find_runs, read_status
+from dstrain.stages.run_status import ALIVE_S, duration, read_status
+from tests.support.run_folders import beat, begin
 from tests.support.tiny_checkpoints import save
-
-
-def begin(run: Path, *, steps: int = 6, loss: float = 5.0, **config: Any) -> Path:
-    """A run that has done some steps of 100, one a second."""
-    run.mkdir(parents=True)
-    plain = {"model": {"config": {"model_type": "bert"}}, "train": {"max_steps": 100}, **config}
-    (run / "config.yaml").write_text(json.dumps(plain))
-    log = EventLog(run / "events.jsonl", World())
-    log.write("started", step=0, max_steps=100)
-    log.write("evaluated", step=0, metrics={"loss": 6.0, "seconds": 1.0})
-    for step in range(1, steps + 1):
-        log.write(
-            "step",
-            step=step,
-            loss=loss,
-            accuracy=0.25,
-            tokens=1_000 * step,
-            tokens_per_second=2_000.0,
-            padding_percent=1.5,
-            mfu=0.42,
-        )
-    log.close()
-    lines = (run / "events.jsonl").read_text().splitlines()
-    now = time.time()
-    timed = [{**json.loads(line), "time": now - len(lines) + number} for number, line in enumerate(lines, 1)]
-    (run / "events.jsonl").write_text("\n".join(map(json.dumps, timed)) + "\n")
-    return run
-
-
-def beat(
-    run: Path,
-    rank: int,
-    *,
-    phase: str = "step",
-    seconds: float = 0.1,
-    age_s: float = 0.0,
-    allowance: float | None = 30.0,
-) -> None:
-    """As the watchdog beside a rank writes it."""
-    said = {
-        "rank": rank, "host": f"n{rank // 2}", "phase": phase, "step": 6, "time_in_phase_s": seconds, "allowance_s": allowance,
-        "time": time.time() - age_s,
-    }  # fmt: skip
-    (run / "health").mkdir(exist_ok=True)
-    write_json(run / "health" / f"rank-{rank:05d}.json", said)
 
 
 def test_a_run_that_is_alive(tmp_path: Path) -> None:
@@ -165,54 +116,6 @@ def test_only_the_end_of_long_events_is_read(tmp_path: Path) -> None:
     text = (run / "events.jsonl").read_text()
     (run / "events.jsonl").write_text('{"event": "filler", "time": 1.0, "x": "' + "y" * (2 << 20) + '"}\n' + text)
     assert read_status(run).step == 6
-
-
-def test_the_command_prints_what_people_and_programs_want(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = begin(tmp_path / "run")
-    with RunLease(run):
-        beat(run, 0)
-        assert main(["status", str(run)]) == 0
-        text = capsys.readouterr().out
-        pieces = (
-            "pretrain bert, running", "6 of 100 (6.0 %), 94 s left", "loss 5.0000", "accuracy 25.0%", "2,000 tokens/s", "MFU 42.0%",
-            "padding 1.5 %", "nothing yet", "1 on 1 host (n0: 1): 1 in step",
-        )  # fmt: skip
-        for piece in pieces:
-            assert piece in text, text
-        assert main(["status", str(run), "--json"]) == 0
-        assert json.loads(capsys.readouterr().out)["state"] == "running"
-
-
-def test_watching_ends_with_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = begin(tmp_path / "run")
-    with RunLease(run):
-        write_exit(run, World(), code=ExitCode.COMPLETE, cause="complete", step=6)
-    assert main(["status", str(run), "--watch"]) == 0
-    assert capsys.readouterr().out.count("complete") == 1
-
-
-def test_runs_below_a_folder_are_listed_and_sorted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    begin(tmp_path / "a" / "first", loss=3.0)
-    begin(tmp_path / "b", loss=2.0, task={"kind": "classification"})
-    (tmp_path / "b" / "nested").mkdir()
-    begin(tmp_path / "b" / "nested" / "run")
-    assert [path.name for path in find_runs(tmp_path)] == ["first", "b"], "a run is not searched for other runs"
-    assert main(["runs", str(tmp_path), "--sort", "name"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["run", "a/first", "b"]
-    assert "finetune" in lines[2]
-    assert "6/100" in lines[1]
-    assert main(["runs", str(tmp_path), "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)) == 2
-
-
-@pytest.mark.parametrize(
-    "argv", [["status", "NO"], ["status", "HERE"], ["runs", "NO"], ["runs", "HERE"], ["status", "HERE", "--watch", "0"]]
-)
-def test_what_is_no_run_is_said(tmp_path: Path, argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    named = [{"NO": str(tmp_path / "absent"), "HERE": str(tmp_path)}.get(part, part) for part in argv]
-    assert main(named) == 78
-    assert "dstrain: error:" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_run_is_a_users_fault(tmp_path: Path) -> None:
