@@ -83,7 +83,7 @@ def test_a_stop_request_ends_the_wait_between_two_tries(monkeypatch):
     monkeypatch.setattr(remote_store, "LONGEST_WAIT_S", 1e6)
     asked = threading.Event()
     threading.Timer(0.05, asked.set).start()
-    with pytest.raises(Interrupted, match="asked to stop while waiting for https://host/data$"):
+    with pytest.raises(Interrupted, match=r"asked to stop while waiting for https://host/data$"):
         store(Flaky(99), deadline_s=1e9, should_leave=asked.is_set).read("a", 0, 1)
 
 
