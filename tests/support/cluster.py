@@ -19,7 +19,13 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tests/cluster/lab"
 NODES = ("node1", "node2")
 _PREFIX = "dstrain-lab-"
-_SETTINGS = {"CLUSTER_SLOTS": "1", "CLUSTER_KILLWAIT": "10", "CLUSTER_GRACE": "20", "CLUSTER_REQUEUE_DELAY": "3"}
+_SETTINGS = {
+    "CLUSTER_SLOTS": "1",
+    "CLUSTER_KILLWAIT": "10",
+    "CLUSTER_GRACE": "20",
+    "CLUSTER_REQUEUE_DELAY": "5",
+    "CLUSTER_NODE_TIMEOUT": "15",
+}
 
 
 class LabError(Exception):
@@ -138,7 +144,7 @@ class Lab:
         )
         return Job(fields["JobState"], int(fields["Restarts"]), fields["ExitCode"], fields.get("NodeList", ""))
 
-    def wait_for_job(self, number: str, *states: str, timeout_s: float = 120) -> Job:
+    def wait_for_job(self, number: str, *states: str, timeout_s: float = 240) -> Job:
         """Until a job is in one of the states (default: the final ones)."""
         wanted = states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
         wait_until(lambda: self.job(number).state in wanted, what=f"job {number} in {wanted}", timeout_s=timeout_s,
@@ -152,7 +158,7 @@ class Started:
     def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
         self.process, self.log = process, log
 
-    def wait(self, timeout_s: float = 120) -> int:
+    def wait(self, timeout_s: float = 240) -> int:
         """Its exit code."""
         try:
             return self.process.wait(timeout_s)
@@ -173,7 +179,7 @@ class Started:
 
 
 def wait_until(
-    condition: Callable[[], bool], *, what: str, timeout_s: float = 120, tell: Callable[[], str] = lambda: ""
+    condition: Callable[[], bool], *, what: str, timeout_s: float = 240, tell: Callable[[], str] = lambda: ""
 ) -> None:
     """Poll until a condition holds; fails with what it was and what `tell` says."""
     deadline = time.monotonic() + timeout_s

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Put the whole line into the queue: shards, then pretraining on them, then fine-tuning, then the score. Each waits until the
+# one before is complete; a job that requeues itself keeps its number, so the ones behind it go on waiting.
+#
+#   CORPUS='/data/corpus/*.jsonl.zst' TOKENIZER=/data/tok SHARDS=/data/shards PRETRAIN=configs/bert-base.yaml RUN=runs/bert-base \
+#       FINETUNE=configs/finetune/sst2.yaml slurm/pipeline.sh
+#
+# Run it on a login node. A stage whose variable is not set is left out. Options for every job: SBATCH_ACCOUNT, SBATCH_PARTITION
+# and the other variables that sbatch reads. A stage that ends badly leaves the ones behind it waiting, for
+# `DependencyNeverSatisfied`: cancel them, mend, and start this again; what is complete ends at once.
+set -euo pipefail
+
+here=$(dirname "${BASH_SOURCE[0]}")
+before=() # the dependency on the stage before
+
+submit() { # submit NAME SCRIPT ARGUMENT...: prints, and remembers for the next stage
+    local name=$1 job
+    shift
+    job=$(sbatch --parsable --job-name="$name" "${before[@]}" "$@")
+    job=${job%%;*} # a multi-cluster answer has the cluster's name behind it
+    before=(--dependency="afterok:$job")
+    echo "$name: job $job"
+}
+
+if [[ -n ${CORPUS:-} ]]; then
+    submit shards "$here/build_shards.sbatch" --input "$CORPUS" --tokenizer "${TOKENIZER:?}" --out "${SHARDS:?}"
+fi
+if [[ -n ${PRETRAIN:-} ]]; then
+    submit pretrain "$here/pretrain.sbatch" "$PRETRAIN" "run_folder=${RUN:?}" ${SHARDS:+"data.path=$SHARDS"}
+fi
+if [[ -n ${FINETUNE:-} ]]; then
+    submit finetune "$here/finetune.sbatch" "$FINETUNE" "model.init_from=${RUN:?}"
+fi
+if [[ -n ${RUN:-} ]]; then
+    submit evaluate "$here/evaluate.sbatch" "$RUN"
+fi
