@@ -1,12 +1,21 @@
-"""One zygote for all tests of this folder: its imports are paid once, and each rank starts in tens of milliseconds."""
+"""What all fault tests share: processes that hear signals, and one zygote, so that imports are paid once."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 from tests.support.zygote import Zygote
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _signals_are_heard() -> None:
+    """A shell in the background, and nohup, start this process with signals ignored, which its children would inherit."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -191,7 +191,7 @@ def test_a_rank_that_leaves_with_a_fault_does_not_leave_the_others_waiting(tmp_p
 
 
 def test_a_peer_that_fails_by_itself_after_a_death_is_neither_killed_nor_spoken_for(tmp_path: Path) -> None:
-    with Ranks(tmp_path, "SIGKILL", guilty=0, first_step_s=300.0, patience_s=8.0, peer_grace_s=60.0) as ranks:
+    with Ranks(tmp_path, "SIGKILL", guilty=0, first_step_s=300.0, patience_s=3.0, peer_grace_s=60.0) as ranks:
         assert ranks.end() == [-signal.SIGKILL, 1]
         assert "a peer is gone" in ranks.job.output()
         assert [e["rank"] for e in ranks.exits()] == [0]
