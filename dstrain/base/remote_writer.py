@@ -12,6 +12,7 @@ from typing import Any
 
 from dstrain.base.errors import ConfigError, DataError
 from dstrain.base.locations import RemoteUrl
+from dstrain.base.protocols import ShouldLeave, never
 from dstrain.base.remote import RemoteFolder
 
 WRITABLE_SCHEMES = ("s3", "gs", "gcs", "az", "abfs")
@@ -20,19 +21,20 @@ WRITABLE_SCHEMES = ("s3", "gs", "gcs", "az", "abfs")
 class RemoteWriter(RemoteFolder):
     """A folder in an object store that can be written."""
 
-    def __init__(self, url: RemoteUrl, *, connect_timeout_s: float = 20) -> None:
+    def __init__(self, url: RemoteUrl, *, connect_timeout_s: float = 20, should_leave: ShouldLeave = never) -> None:
         """Make a client; nothing is asked of the store yet.
 
         Args:
             url: the folder.
             connect_timeout_s: until a connection must stand, in seconds.
+            should_leave: as for `RemoteFolder`.
 
         Raises:
             ConfigError: this kind of store cannot be written, or its package is not installed.
         """
         if url.scheme not in WRITABLE_SCHEMES:
             raise ConfigError(f"{url}: {url.scheme}:// cannot be written: use s3://, gs://, az:// or abfs://")
-        super().__init__(url, connect_timeout_s=connect_timeout_s)
+        super().__init__(url, connect_timeout_s=connect_timeout_s, should_leave=should_leave)
 
     def inside(self, name: str) -> RemoteWriter:
         """A folder of this one, over the same client."""

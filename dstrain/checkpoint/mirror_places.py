@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 from dstrain.base.errors import CheckpointError, DataError, StorageError
 from dstrain.base.locations import RemoteUrl, parse_location
+from dstrain.base.protocols import ShouldLeave, never
 from dstrain.base.remote import TransientRemoteError
 from dstrain.base.remote_writer import RemoteWriter, is_missing
 from dstrain.base.storage import NewFile, copy_file, make_directory, publish_directory, remove_directory, write_bytes
@@ -65,15 +67,22 @@ class MirrorPlace(Protocol):
         ...
 
 
-def open_place(location: str) -> MirrorPlace:
+def open_place(location: str, *, should_leave: ShouldLeave = never) -> MirrorPlace:
     """The place that `checkpoint.mirror` names.
+
+    Args:
+        location: a folder or a URL.
+        should_leave: whether the calling thread, later on, raises `Interrupted` rather than wait for a store; copies that
+            other threads make behind the training are not left.
 
     Raises:
         ConfigError: this kind of store cannot be written, or its package is not installed.
         DataError: it is no location.
     """
-    place = parse_location(location)
-    return StorePlace(RemoteWriter(place)) if isinstance(place, RemoteUrl) else FolderPlace(place)
+    place, caller = parse_location(location), threading.get_ident()
+    if not isinstance(place, RemoteUrl):
+        return FolderPlace(place)
+    return StorePlace(RemoteWriter(place, should_leave=lambda: threading.get_ident() == caller and should_leave()))
 
 
 class FolderPlace:

@@ -19,6 +19,7 @@ from typing import Any
 from dstrain.base.control import ControlPlane
 from dstrain.base.errors import CheckpointError, DstrainError, ExitCode, StorageError
 from dstrain.base.logs import get_logger
+from dstrain.base.protocols import ShouldLeave, never
 from dstrain.base.storage import discard_directory, make_directory
 from dstrain.checkpoint.background import PublishingThread, SavePlan, SaveThread, remove_staging
 from dstrain.checkpoint.config import CheckpointConfig as CheckpointConfig
@@ -46,7 +47,7 @@ class CheckpointWriter:
 
     def __init__(
         self, folder: Path, *, config: CheckpointConfig, control: ControlPlane, check_owner: Callable[[], None] = lambda: None,
-        on_published: Callable[[Published], None] | None = None,
+        on_published: Callable[[Published], None] | None = None, should_leave: ShouldLeave = never,
     ) -> None:  # fmt: skip
         """Prepare; nothing is written.
 
@@ -57,6 +58,7 @@ class CheckpointWriter:
             check_owner: raises RunInUseError when the run belongs to another job by now; rank 0's background thread asks immediately
                 before a rename.
             on_published: told of each checkpoint in place, by rank 0's background thread.
+            should_leave: whether to raise `Interrupted` rather than wait for a mirror that does not answer.
 
         Raises:
             ConfigError: the mirror's kind of store cannot be written, or its package is not installed; alike on every rank.
@@ -70,7 +72,9 @@ class CheckpointWriter:
         self.mirror: Mirror | None = None
         if config.mirror is not None:
             kept = Kept(config.mirror_keep_last, config.keep_every)
-            self.mirror = Mirror(open_place(config.mirror), kept=kept, on_event=self._events.put)
+            self.mirror = Mirror(
+                open_place(config.mirror, should_leave=should_leave), kept=kept, on_event=self._events.put
+            )
         self._snapshot = Snapshot()
         self._thread: SaveThread | None = None
         self._in_flight = False

@@ -53,7 +53,12 @@ class Run:
         self.config, self.site, self.parts, self.guard = config, site, parts, guard
         self.state = RunState()
         self.saving = Saving(
-            config.checkpoint, run_folder=config.run_folder, control=site.control, lease=guard.lease, stop=guard.stop
+            config.checkpoint,
+            run_folder=config.run_folder,
+            control=site.control,
+            lease=guard.lease,
+            stop=guard.stop,
+            should_leave=guard.should_leave,
         )
         self.config_yaml = dump_yaml(redacted({"stage": parts.stage, **to_plain(config)}))
         self.guards = Guards(config.train.guards, loss_scaling=site.precision == "fp16", phase_of=parts.loader.phase_of)

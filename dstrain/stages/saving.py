@@ -16,7 +16,7 @@ from typing import Any
 from dstrain.base.control import ControlPlane
 from dstrain.base.errors import ExitCode
 from dstrain.base.logs import get_logger
-from dstrain.base.protocols import RunState, StepReport
+from dstrain.base.protocols import RunState, ShouldLeave, StepReport, never
 from dstrain.checkpoint.layout import checkpoints_folder, step_folder
 from dstrain.checkpoint.manifest import Fragment
 from dstrain.checkpoint.outcome import SaveOutcome
@@ -58,6 +58,7 @@ class Saving:
 
     def __init__(
         self, config: CheckpointConfig, *, run_folder: Path, control: ControlPlane, lease: RunLease, stop: StopRequest,
+        should_leave: ShouldLeave = never,
     ) -> None:  # fmt: skip
         """Prepare; nothing is written.
 
@@ -67,9 +68,14 @@ class Saving:
             control: agreements between ranks.
             lease: asked by rank 0 right before a checkpoint is published.
             stop: is told what a step and a save take, and says whether a save still fits before a kill.
+            should_leave: whether to raise `Interrupted` rather than wait for a mirror that does not answer.
         """
         self.writer = CheckpointWriter(
-            checkpoints_folder(run_folder), config=config, control=control, check_owner=lease.check
+            checkpoints_folder(run_folder),
+            config=config,
+            control=control,
+            check_owner=lease.check,
+            should_leave=should_leave,
         )
         self._config, self._control, self._stop = config, control, stop
         self._step_seconds: deque[float] = deque(maxlen=_LONGEST_OF)

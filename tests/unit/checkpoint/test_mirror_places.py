@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 
 from dstrain.base.errors import CheckpointError, ConfigError, DstrainError, StorageError
 from dstrain.base.file_operations import FileOperations, operations_replaced
+from dstrain.base.protocols import Interrupted
 from dstrain.base.remote import TransientRemoteError
 from dstrain.base.remote_writer import RemoteWriter
 from dstrain.checkpoint import mirror_places
@@ -171,6 +175,27 @@ def test_a_store_is_asked_again_and_given_up_after_some_tries(monkeypatch: pytes
     assert StorePlace(Shaky(4)).steps() == [12, 3]
     with pytest.raises(StorageError, match="given up after 5 tries: 503"):
         StorePlace(Shaky(5)).steps()
+
+
+def test_who_is_asked_to_stop_does_not_wait_for_a_mirror_but_its_background_copies_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("s3fs")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+            monkeypatch.setenv(name, "test")
+        place = open_place("s3://bucket/run", should_leave=lambda: True)
+        begin = time.monotonic()
+        with pytest.raises(Interrupted):
+            place.steps()
+        assert time.monotonic() - begin < 30  # one try alone may take a minute
+    assert isinstance(place, StorePlace)
+    elsewhere: list[bool] = []
+    thread = threading.Thread(target=lambda: elsewhere.append(place._store._should_leave()))
+    thread.start()
+    thread.join()
+    assert elsewhere == [False]
 
 
 def test_a_server_that_takes_no_files_is_refused_at_once() -> None:
