@@ -42,7 +42,7 @@ class Attempt:
 
     def __init__(
         self, argv: tuple[str, ...], environment: Mapping[str, str], *, token: str, log: Path, policy: RestartPolicy,
-        run_folder: Path, local_ranks: int, say: Callable[[str], None],
+        run_folder: Path, local_ranks: int, say: Callable[[str], None], ranks_elsewhere: bool = False,
     ) -> None:  # fmt: skip
         """Start the keeper, and through it the launcher.
 
@@ -55,11 +55,14 @@ class Attempt:
             run_folder: where ranks leave their exit files.
             local_ranks: how many ranks of this machine leave exit files; when one dies without, the others are ended. 0: not watched.
             say: prints a line for people.
+            ranks_elsewhere: whether ranks of other machines leave exit files; when one says that it failed, a launcher that does
+                not end is ended. Over ssh it may wait for ever for a machine that has lost its network.
 
         Raises:
             StorageError: the log cannot be written.
         """
         self._policy, self._run_folder, self._local_ranks, self._say = policy, run_folder, local_ranks, say
+        self._ranks_elsewhere = ranks_elsewhere
         self._asked: dict[psutil.Process, int] = {}
         self._requests = 0
         self._deadline: float | None = None
@@ -131,11 +134,7 @@ class Attempt:
 
     def _look_at_ranks(self) -> None:
         """Notice a rank that has died; the others then have some seconds, for a collective may never come back."""
-        present = set(self.group.ranks().values()) if self._local_ranks else set()
-        gone = set(range(self._local_ranks)) - present
-        dead: list[int] = []
-        if present and gone:  # not before the first rank is there, and files are read only when one is missing
-            dead = sorted(gone - {left.rank for left in read_exits(self._run_folder) if left.code in GRACEFUL})
+        dead = self._dead_elsewhere() if self._ranks_elsewhere else self._dead_here()
         if not dead:
             self._dead_since = None
             return
@@ -143,6 +142,16 @@ class Attempt:
         self._dead_since = self._dead_since or now
         if now - self._dead_since > self._policy.peer_grace_s:
             self._say(
-                f"rank {dead[0]} is gone, the others did not follow in {self._policy.peer_grace_s:.0f} s: killing them"
+                f"rank {dead[0]} is gone, what is left did not follow in {self._policy.peer_grace_s:.0f} s: killing it"
             )
             self.group.kill()
+
+    def _dead_here(self) -> list[int]:
+        present = set(self.group.ranks().values()) if self._local_ranks else set()
+        gone = set(range(self._local_ranks)) - present
+        if not present or not gone:  # before the first rank is there; and files are read only when one is missing
+            return []
+        return sorted(gone - {left.rank for left in read_exits(self._run_folder) if left.code in GRACEFUL})
+
+    def _dead_elsewhere(self) -> list[int]:
+        return [left.rank for left in read_exits(self._run_folder) if left.code not in GRACEFUL]

@@ -136,6 +136,7 @@ class Supervisor:
             attempt = Attempt(
                 command.argv, environment, token=token, log=log, policy=self._policy, run_folder=job.run_folder,
                 local_ranks=local, say=self._say,
+                ranks_elsewhere=job.trains and bool(layout.hosts) and layout.starter == "deepspeed",
             )  # fmt: skip
             end = stack.enter_context(attempt).run(stop)
         after = self._progress()

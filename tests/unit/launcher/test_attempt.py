@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dstrain.base.errors import StorageError
+from dstrain.base.errors import ExitCode, StorageError
+from dstrain.base.world import World
+from dstrain.health.outcomes import write_exit
 from dstrain.launcher.attempt import Attempt
 from dstrain.launcher.policy import RestartPolicy
 from dstrain.launcher.process_group import ProcessGroup
@@ -49,6 +51,24 @@ def test_an_error_of_the_supervisor_ends_the_attempt(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="ours"):
         fail()
+    assert ProcessGroup(token).members() == []
+
+
+@pytest.mark.parametrize(("code", "launcher_code"), [(ExitCode.RETRY_HERE, 137), (ExitCode.SAVED_REQUEUE, 3)])
+def test_a_launcher_that_waits_for_a_lost_machine_is_ended_once_a_rank_elsewhere_has_failed(
+    tmp_path: Path, code: ExitCode, launcher_code: int
+) -> None:
+    token, said = uuid.uuid4().hex, list[str]()
+    wait = 600 if code is ExitCode.RETRY_HERE else 3  # long enough for two looks
+    attempt = Attempt(
+        (sys.executable, "-c", f"import sys, time; time.sleep({wait}); sys.exit(3)"), {**os.environ, TOKEN: token}, token=token,
+        log=tmp_path / "log", policy=RestartPolicy(grace_s=0.1, peer_grace_s=0.1), run_folder=tmp_path, local_ranks=0,
+        say=said.append, ranks_elsewhere=True,
+    )  # fmt: skip
+    write_exit(tmp_path, World(rank=1, size=2), code=code, cause="the cable", step=3)
+    with StopSignals() as stop, attempt:
+        assert attempt.run(stop).launcher_code == launcher_code
+    assert [line.startswith("rank 1 is gone, what is left did not follow") for line in said] == [True] * (wait == 600)
     assert ProcessGroup(token).members() == []
 
 
