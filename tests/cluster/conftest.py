@@ -18,11 +18,14 @@ def _lab() -> Iterator[Lab]:
     if reason:
         pytest.skip(f"no cluster can be built here: {reason}")
     try:
-        lab = Lab.build()
+        lab = Lab.install()
     except LabError as error:
         pytest.skip(f"no cluster can be built here: {error}")
-    yield lab
-    lab.take_down()
+    try:
+        lab.bring_up()
+        yield lab
+    finally:
+        lab.take_down()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cluster import NODES, Lab, LabError, missing, wait_until
+from tests.support.cluster import NODES, Lab, LabError, wait_until
 
 pytestmark = pytest.mark.cluster
 
@@ -36,9 +36,8 @@ def test_a_cut_cable_and_a_power_cut_are_mended(lab: Lab) -> None:
     assert lab.on("ctl", "srun", "--nodelist=node2", "hostname") == "node2"
 
 
+@pytest.mark.usefixtures("lab")
 def test_nothing_is_left_of_a_cluster_that_was_taken_down(tmp_path: Path) -> None:
-    if missing():
-        pytest.skip(missing())
     lab = Lab(tmp_path / "other")
     lab.command("up", "1")
     script = str(lab.folder)

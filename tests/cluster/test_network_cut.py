@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from dstrain.launcher.history import read_history
 from tests.support.cluster import NODES, Lab, Started, wait_until
 from tests.support.cluster_runs import MIN_STEP_BUDGET_S, ClusterRun, Result
 from tests.support.runs import ROOT
 
-pytestmark = [pytest.mark.cluster, pytest.mark.fault]
+pytestmark = [pytest.mark.cluster, pytest.mark.fault, pytest.mark.timeout(600)]
 
 REPORT_S, KILL_S = 5.0, 5.0
 """The defaults of `watchdog.report_s` and `watchdog.kill_s`."""
@@ -52,6 +53,25 @@ def test_a_pulled_cable_is_named_both_sides_end_in_time_and_the_next_start_goes_
     with ExitStack() as stack:
         again = [stack.enter_context(agent) for agent in _torchrun(lab, run)]
         assert [agent.wait() for agent in again] == [0, 0], again[0].output() + again[1].output()
+    assert run.result() == undisturbed
+
+
+def test_a_launcher_over_ssh_does_not_wait_for_the_cut_host_and_starts_again(
+    lab: Lab, tmp_path: Path, shards: Path, undisturbed: Result
+) -> None:
+    run = ClusterRun.prepare(tmp_path, shards)
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("".join(f"{node} slots=1\n" for node in NODES))
+    command = [sys.executable, "-m", "dstrain.cli.main", "launch", "pretrain", run.config, "--hostfile", hostfile]
+    with lab.start("ctl", *command, log=tmp_path / "launch.log") as launcher:
+        wait_until(lambda: run.step >= 60, what="step 60", tell=launcher.output)
+        lab.command("cut", "node2")
+        wait_until(lambda: len(run.exits()) == 2, what="both sides have ended", tell=launcher.output)
+        lab.command("heal", "node2")
+        assert launcher.wait() == 0, launcher.output()
+    first, second = read_history(run.folder)
+    assert (first.code, first.ranks_at_fault, first.hosts_at_fault) == (77, (1,), ("node2",))
+    assert second.code == 0
     assert run.result() == undisturbed
 
 

@@ -65,8 +65,8 @@ class Lab:
         self._environment = {**os.environ, **_SETTINGS, "CLUSTER_DIR": str(folder)}
 
     @classmethod
-    def build(cls) -> Lab:
-        """Fetch what is missing, end what a killed session left, and bring a cluster up.
+    def install(cls) -> Lab:
+        """Fetch what is missing and end what a killed session left; the cluster of this session is not up yet.
 
         Raises:
             LabError: with the reason.
@@ -77,9 +77,12 @@ class Lab:
         lab = cls(Path(tempfile.gettempdir()) / f"{_PREFIX}{os.getpid()}")
         if lab.command("tools", timeout_s=20):
             lab.command("install", timeout_s=240)
-        lab.command("up", str(len(NODES)))
-        lab.command("wait-idle", "60")
         return lab
+
+    def bring_up(self) -> None:
+        """Boot all hosts; returns when SLURM finds them idle."""
+        self.command("up", str(len(NODES)))
+        self.command("wait-idle", "60")
 
     def take_down(self) -> None:
         """End everything in it and forget it."""
