@@ -3,6 +3,7 @@ nothing half-written."""
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dstrain.base.file_operations import operations_replaced
+from dstrain.base.protocols import RunState, StepReport
 from dstrain.cli.main import main
+from dstrain.stages.oversight import Oversight
+from tests.support.faulty_disk import Fault, FaultyDisk
 from tests.support.runs import BERT, build_tiny_shards, pretrain_settings, write_config
 
 
@@ -199,15 +204,17 @@ def test_the_resolved_configuration_of_a_run_starts_it_again(finished: Path) -> 
 def test_a_stop_whose_save_fails_never_claims_to_have_saved(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dstrain.base.errors import CheckpointError
-    from dstrain.checkpoint.writer import CheckpointWriter
-    from dstrain.health.signals import StopRequest
+    """Asked to stop when a step is done; by then the disk is full."""
+    on_step = Oversight.on_step
 
-    def full_disk(*_: object, **__: object) -> Path:
-        raise CheckpointError("the disk is full")
+    def ask(oversight: Oversight, state: RunState, report: StepReport) -> None:
+        on_step(oversight, state, report)
+        oversight.stop.ask("SIGTERM")
 
-    monkeypatch.setattr(CheckpointWriter, "save", full_disk)
-    monkeypatch.setattr(StopRequest, "reason", property(lambda _: "SIGTERM"))
+    monkeypatch.setattr(Oversight, "on_step", ask)
     config = write_config(tmp_path / "run.yaml", pretrain_settings(shards, tmp_path / "run"))
-    assert main(["pretrain", str(config)]) == 76
+    with operations_replaced(FaultyDisk(Fault.fails(errno.ENOSPC), at=1, about=".staging", lasting=True)) as disk:
+        assert main(["pretrain", str(config)]) == 76
+    assert disk.hit is not None
     assert "could not be saved" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "exit" / "rank-00000.json").read_text())["last_saved_step"] is None
