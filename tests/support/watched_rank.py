@@ -2,8 +2,8 @@
 
     python watched_rank.py RUN_FOLDER MISCHIEF GUILTY_RANK STEP PHASE WATCHDOG_JSON [WRITE_OWN_EXIT]
 
-The "collective" is a file per rank and step in the run folder: each waits in every step until all ranks have arrived, in a
-function whose file name looks like torch's (written by the test), so that stacks look like those of a real run.
+The "collective" is a file per rank and step in the run folder: each waits in every step, and at the end of every save, until all
+ranks have arrived, in a function whose file name looks like torch's (written by the test), so that stacks look like those of a real run.
 """
 
 from __future__ import annotations
@@ -90,12 +90,16 @@ def main() -> None:
             if (world.rank, step, phase.value) == (int(guilty), int(at_step), at_phase):
                 misbehave(mischief)
 
+        def meet(what: str, step: int) -> None:
+            (run_folder / f"{what}-{step}-{world.rank}").touch()
+            collective.all_reduce([run_folder / f"{what}-{step}-{rank}" for rank in range(world.size)], patience_s)
+
         for step in range(8):
             enter(Phase.DATA, step)
             enter(Phase.STEP, step)
-            (run_folder / f"arrived-{step}-{world.rank}").touch()
-            collective.all_reduce([run_folder / f"arrived-{step}-{rank}" for rank in range(world.size)], patience_s)
+            meet("arrived", step)
             enter(Phase.SAVE, step + 1)
+            meet("saved", step)
         child.kill()
         child.wait()
 
