@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dstrain.base.errors import DstrainError, PeerError
+from dstrain.base.secrets import redact
 from dstrain.cli import audit, demo, export, launch, shards, status, tokenizer, training
 
 _EPILOG = """
@@ -69,7 +70,7 @@ def guarded(action: Callable[[], int]) -> int:
     except PeerError as error:
         return int(error.exit_code)  # the rank that failed speaks
     except DstrainError as error:
-        print(f"dstrain: error: {error}", file=sys.stderr, flush=True)
+        print(f"dstrain: error: {redact(str(error))}", file=sys.stderr, flush=True)
         return int(error.exit_code)
     except KeyboardInterrupt:
         print("dstrain: interrupted", file=sys.stderr, flush=True)

@@ -237,7 +237,7 @@ class Run:
         if self.resumed_from is None and self.site.precision != "fp32":
             self.fragments.fill_masters(initial)
         if self.site.world.is_first:
-            write_json(config.run_folder / "deepspeed.json", self.engine.ds_config)
+            write_json(config.run_folder / "deepspeed.json", redacted(self.engine.ds_config))
 
     def _restore(self) -> None:
         """Collective. Fill the engine and the counters from the checkpoint, if there is one."""

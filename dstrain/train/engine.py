@@ -28,6 +28,7 @@ from dstrain.base.errors import ConfigError, MachineError, PeerGoneError
 from dstrain.base.logs import get_logger
 from dstrain.base.peer_loss import is_peer_loss
 from dstrain.base.protocols import Interrupted, LossParts, MicroBatch, Objective, StepData, StepFlags
+from dstrain.base.rendezvous import loopback_store
 from dstrain.base.seeds import derive
 from dstrain.base.world import World
 from dstrain.optim.adamw import GatedAdamW, OptimizerConfig, build_adamw, parameter_groups
@@ -107,13 +108,13 @@ def start_processes(world: World, *, device: str, timeout_s: int) -> ControlPlan
     clear_stale_locks()
     if device == "cuda":
         torch.cuda.set_device(world.local_rank)
+    backend, timeout = "nccl" if device == "cuda" else "gloo", timedelta(seconds=timeout_s)
     try:
-        deepspeed.init_distributed(
-            dist_backend="nccl" if device == "cuda" else "gloo",
-            auto_mpi_discovery=False,
-            timeout=timedelta(seconds=timeout_s),
-            verbose=False,
-        )
+        if not distributed.is_initialized() and (store := loopback_store(world, timeout_s=timeout_s)) is not None:
+            distributed.init_process_group(
+                backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout
+            )
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
     except (RuntimeError, ValueError) as error:
         fault = PeerGoneError if is_peer_loss(error) else MachineError
         raise fault(
