@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-import dstrain.train.engine  # noqa: F401 - imported once, so that every fork has it
 from tests.support.mutants import Mutant, changed_source, run_in_copy, run_in_fork
+from tests.support.zygote import Zygote
 
 pytestmark = pytest.mark.fault
 
@@ -138,15 +138,15 @@ def test_there_are_enough_bugs_and_no_two_are_the_same() -> None:
 
 
 @pytest.mark.parametrize("mutant", BUGS, ids=lambda m: m.bug)
-def test_a_seeded_bug_is_caught(mutant: Mutant, tmp_path: Path) -> None:
-    verdict = run_in_fork(mutant.test, tmp_path / "out", mutant)
+def test_a_seeded_bug_is_caught(mutant: Mutant, tmp_path: Path, zygote: Zygote) -> None:
+    verdict = run_in_fork(zygote, mutant.test, tmp_path, mutant)
     assert verdict.code == 1, f"{mutant.bug}: not noticed by {mutant.test}\n{verdict.output[-3000:]}"
     assert "FAILED" in verdict.output
 
 
 @pytest.mark.parametrize("test", sorted({mutant.test for mutant in BUGS}))
-def test_without_a_bug_the_same_tests_pass_in_the_same_way(test: str, tmp_path: Path) -> None:
-    verdict = run_in_fork(test, tmp_path / "out")
+def test_without_a_bug_the_same_tests_pass_in_the_same_way(test: str, tmp_path: Path, zygote: Zygote) -> None:
+    verdict = run_in_fork(zygote, test, tmp_path)
     assert verdict.code == 0, verdict.output[-3000:]
 
 

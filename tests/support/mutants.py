@@ -1,6 +1,6 @@
 """Seeded bugs: change a few words of dstrain's source, run one named test of the suite, and see whether it notices.
 
-A bug inside one process is put into a fork of this process: the changed source is compiled, and the functions get their new
+A bug inside one process is put into a fork of the zygote: the changed source is compiled, and the functions get their new
 code objects, wherever they have been imported already. A bug that real runs must show is put into a copy of the tree, whose
 tests then run in an interpreter of their own. Nothing of the real tree is ever changed.
 """
@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from typing import Any
 import pytest
 
 from tests.support.runs import ROOT
+from tests.support.zygote import Zygote
 
 _QUIET = (
     "-q",
@@ -70,26 +69,13 @@ def changed_source(mutant: Mutant) -> str:
     return source
 
 
-def run_in_fork(test: str, out: Path, mutant: Mutant | None = None) -> Verdict:
-    """Run a test in a copy of this process, with a bug or without."""
-    pid = os.fork()
-    if pid == 0:
-        code = 99
-        try:
-            handle = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            os.dup2(handle, 1)
-            os.dup2(handle, 2)
-            sys.stdout = sys.stderr = open(1, "w", closefd=False)
-            if mutant is not None:
-                _infect(mutant)
-            os.environ.pop("PYTEST_CURRENT_TEST", None)
-            code = int(pytest.main([*_QUIET, f"--rootdir={ROOT}", f"{ROOT}/tests/{test}"]))
-        except BaseException:  # noqa: BLE001 - nothing of the test process may go on in this copy of it
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    return Verdict(_reap(pid), out.read_text(errors="replace"))
+def run_in_fork(zygote: Zygote, test: str, folder: Path, mutant: Mutant | None = None) -> Verdict:
+    """Run a test in a fresh process that has the imports behind it, with a bug or without."""
+    changes = None if mutant is None else [mutant.module, changed_source(mutant)]
+    job = zygote.start_module("tests.support.mutants", test, json.dumps(changes), log_folder=folder, world_size=1)
+    with job:
+        code = job.wait(_LIMIT_S)[0]
+        return Verdict(code, job.logs[0].read_text(errors="replace"))
 
 
 def run_in_copy(mutant: Mutant | None, test: str, folder: Path) -> Verdict:
@@ -107,24 +93,12 @@ def run_in_copy(mutant: Mutant | None, test: str, folder: Path) -> Verdict:
     return Verdict(done.returncode, done.stdout + done.stderr)
 
 
-def _reap(pid: int) -> int:
-    deadline = time.monotonic() + _LIMIT_S
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    raise AssertionError(f"a test did not end within {_LIMIT_S:.0f} s")
-
-
-def _infect(mutant: Mutant) -> None:
-    """Give the functions of a module the code of its changed source."""
-    module = importlib.import_module(mutant.module)
+def _infect(name: str, source: str) -> None:
+    """Give the functions of a module the code of another source."""
+    module = importlib.import_module(name)
     path = str(module.__file__)
     sound = dict(_codes(compile(Path(path).read_text(), path, "exec", dont_inherit=True)))
-    changed = dict(_codes(compile(changed_source(mutant), path, "exec", dont_inherit=True)))
+    changed = dict(_codes(compile(source, path, "exec", dont_inherit=True)))
     found = {function.__qualname__: function for function in _functions(module)}
     different = {name for name in found.keys() & sound.keys() if _essence(sound[name]) != _essence(changed[name])}
     assert different, "the change changes no function"
@@ -156,3 +130,10 @@ def _functions(module: ModuleType) -> Iterator[FunctionType]:
             plain = inspect.unwrap(plain) if callable(plain) else plain
             if isinstance(plain, FunctionType):
                 yield plain
+
+
+if __name__ == "__main__":
+    node, given = sys.argv[1], json.loads(sys.argv[2])
+    if given is not None:
+        _infect(*given)
+    sys.exit(pytest.main([*_QUIET, f"--rootdir={ROOT}", f"{ROOT}/tests/{node}"]))
