@@ -28,6 +28,7 @@ settings.register_profile("explore", deadline=None, max_examples=2_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_UMASK = 0o022
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
@@ -40,12 +41,14 @@ def _no_inherited_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _process_state() -> Iterator[None]:
-    """What a command run in this process sets for the whole of it (umask, signal handlers) ends with its test."""
-    umask = os.umask(0o022)
-    os.umask(umask)
+    """What a command run in this process sets for the whole of it (umask, signal handlers) ends with its test.
+
+    Fixtures of a module run commands as well, before this: so the umask is set, not kept.
+    """
+    os.umask(_UMASK)
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     yield
-    os.umask(umask)
+    os.umask(_UMASK)
     for number, handler in handlers.items():
         if signal.getsignal(number) is not handler:
             signal.signal(number, handler)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 
 import pytest
 
 from dstrain.base.errors import CheckpointError
+from dstrain.checkpoint import ownership
 from dstrain.checkpoint.ownership import check_owner
 from dstrain.checkpoint.reader import Checkpoint, newest_valid
 from tests.support.tiny_checkpoints import save
@@ -54,14 +54,12 @@ def test_a_single_foreign_file_is_enough(folder: Path) -> None:
         Checkpoint(folder)
 
 
-def test_what_others_may_write_is_warned_about_once(
-    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("dstrain"), "propagate", True)
+def test_what_others_may_write_is_warned_about_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(ownership._LOG, "warning", lambda text, *values: warnings.append(text % values))
     folder.chmod(0o777)
     (folder / "manifest.json").chmod(0o666)
     for _ in range(2):
         Checkpoint(folder)
-    warnings = [r for r in caplog.records if "other users may write here" in r.message]
     assert len(warnings) == 1
-    assert "mode 777" in warnings[0].message
+    assert "other users may write here (mode 777)" in warnings[0]
