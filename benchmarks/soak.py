@@ -99,8 +99,6 @@ PARTS = (
     Part("damages", "P8", "bits, ends, swaps, mixtures, losses, forgeries, links in one or more checkpoints",
          lambda o: [("damages", o.seed + n, share) for n, share in enumerate(_shares(o.damages, DAMAGES_A_TASK))]),
     Part("training", "P1, P2", "SIGKILL of real ranks in training, started again, end compared with an undisturbed run's", lambda o: []),
-    Part("stops", "P5", "SIGTERM, SIGUSR1, SIGUSR2, SIGINT to any rank, or all its processes, in ten phases; end compared with an undisturbed run's",
-         lambda o: []),
     Part("control", "", "the same kills against a naive saver", lambda o: [("naive kills", o.seed, o.control_kills)], is_control=True),
     Part("control, power", "", "the same power losses against a naive saver", lambda o: [("naive power", o.seed, 200)], is_control=True),
 )  # fmt: skip
@@ -133,8 +131,6 @@ def run_part(part: Part, options: argparse.Namespace) -> tuple[Tally, float]:
     started = time.monotonic()
     if part.name == "training":
         return _training(options), time.monotonic() - started
-    if part.name == "stops":
-        return _stops(options), time.monotonic() - started
     tally = Tally()
     tasks = part.tasks(options)
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
@@ -164,16 +160,6 @@ def _training(options: argparse.Namespace) -> Tally:
             )  # fmt: skip
     print(file=sys.stderr)
     return tally
-
-
-def _stops(options: argparse.Namespace) -> Tally:
-    from tests.support.preemption import preemptions
-
-    with tempfile.TemporaryDirectory(prefix="dstrain-soak-", dir=options.work) as scratch:
-        drill = preemptions(
-            Path(scratch), options.stops, seed=options.seed, say=lambda line: print(line, file=sys.stderr)
-        )
-    return Tally(drill.trials, drill.failures, drill.points)
 
 
 def _say(part: Part, tally: Tally, share: float, started: float) -> None:
@@ -234,7 +220,6 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", choices=names, default=names)
     parser.add_argument("--storage-kills", type=int, default=10_000, help="random kills of a save")
     parser.add_argument("--training-kills", type=int, default=300, help="kills of real training")
-    parser.add_argument("--stops", type=int, default=200, help="stop requests to real training")
     parser.add_argument("--power-draws", type=int, default=150, help="losses of power behind each operation")
     parser.add_argument("--damages", type=int, default=10_000, help="damaged sets of checkpoints")
     parser.add_argument("--control-kills", type=int, default=600, help="kills of the naive saver")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dstrain.base.storage import publish_directory
 from dstrain.checkpoint.layout import checkpoints_folder, published_steps, step_folder
@@ -35,27 +36,32 @@ def progress_of(run_folder: Path) -> Progress:
     steps = [step for step, _ in published_steps(checkpoints_folder(run_folder))]
     newest = steps[0] if steps else -1
     said = [left.step for left in read_exits(run_folder) if left.step is not None]
-    return Progress(newest, len(steps), max([newest, _last_step(run_folder / EVENTS), *said]))
+    return Progress(newest, len(steps), max([newest, _last_step(run_folder), *said]))
 
 
-def _last_step(events: Path) -> int:
-    """The highest step in the end of the events; a run of weeks has too many lines to read all."""
+def last_events(run_folder: Path, *, tail_bytes: int = _TAIL_BYTES) -> list[dict[str, Any]]:
+    """Events from the end of the file, in order; a run of weeks has too many lines to read all."""
+    path = run_folder / EVENTS
     try:
-        with open(events, "rb") as file:
-            file.seek(max(0, events.stat().st_size - _TAIL_BYTES))
-            lines = file.read(_TAIL_BYTES).splitlines()
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - tail_bytes))
+            lines = file.read(tail_bytes).splitlines()
     except OSError:
-        return -1
-    highest = -1
+        return []
+    found = []
     for line in lines:
         try:
             event = json.loads(line)
         except ValueError:  # cut by our own window, or torn by a crash
             continue
-        step = event.get("step") if isinstance(event, dict) and event.get("event") == "step" else None
-        if isinstance(step, int):
-            highest = max(highest, step)
-    return highest
+        if isinstance(event, dict) and isinstance(event.get("event"), str):
+            found.append(event)
+    return found
+
+
+def _last_step(run_folder: Path) -> int:
+    steps = [event.get("step") for event in last_events(run_folder) if event["event"] == "step"]
+    return max((step for step in steps if isinstance(step, int)), default=-1)
 
 
 def put_exits_away(run_folder: Path, *, before_attempt: int) -> None:

@@ -7,7 +7,6 @@ Whether a run is alive is judged by signs in its folder no older than `ALIVE_S`,
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import Counter
@@ -24,7 +23,7 @@ from dstrain.checkpoint.manifest import read_manifest
 from dstrain.health.lease import FILE_NAME as LEASE
 from dstrain.launcher.history import AttemptRecord, read_history
 from dstrain.launcher.outcome import RankExit, judge, read_exits
-from dstrain.launcher.run_files import EVENTS
+from dstrain.launcher.run_files import EVENTS, last_events
 from dstrain.monitor.goodput import account
 from dstrain.monitor.goodput_meter import read_attempts
 
@@ -118,7 +117,7 @@ def read_status(run_folder: Path, *, now: float | None = None) -> RunStatus:
         )
     now = time.time() if now is None else now
     config = _configuration(run_folder)
-    events = list(_last_events(run_folder))
+    events = last_events(run_folder, tail_bytes=_TAIL_BYTES)
     ranks = tuple(_ranks(run_folder, now))
     exits = read_exits(run_folder)
     changed = _newest_sign(run_folder, events, ranks, now)
@@ -180,24 +179,6 @@ def _model(config: Mapping[str, Any]) -> str:
     model = config.get("model")
     inner = model.get("config") if isinstance(model, dict) else None
     return str(inner.get("model_type", "")) if isinstance(inner, dict) else ""
-
-
-def _last_events(run_folder: Path) -> Iterator[dict[str, Any]]:
-    """Events from the end of the file; a run of weeks has too many lines to read all."""
-    path = run_folder / EVENTS
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            lines = file.read(_TAIL_BYTES).splitlines()
-    except OSError:
-        return
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except ValueError:  # cut by our own window, or torn by a crash
-            continue
-        if isinstance(event, dict) and isinstance(event.get("event"), str):
-            yield event
 
 
 def _ranks(run_folder: Path, now: float) -> Iterator[RankStatus]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.storage_trials import Bench, fast_bench
 from tests.support.zygote import Zygote
 
 
@@ -22,3 +23,10 @@ def _signals_are_heard() -> None:
 def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     with Zygote(tmp_path_factory.mktemp("zygote") / "zygote.log") as zygote:
         yield zygote
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Bench]:
+    """Scratch for trials of the save protocol."""
+    with fast_bench() as made:
+        yield made

@@ -7,7 +7,6 @@ newest checkpoint and often on more; clocks, pointers and strangers beside them.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 
@@ -15,17 +14,11 @@ from dstrain.checkpoint.layout import step_folder
 from dstrain.checkpoint.reader import newest_valid
 from tests.support import checkpoint_damage
 from tests.support.damage_trials import STEPS, WORLD, damages
-from tests.support.storage_trials import Bench, fast_bench
+from tests.support.storage_trials import Bench
 
 pytestmark = pytest.mark.fault
 
 SEED = 20261125
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[Bench]:
-    with fast_bench() as made:
-        yield made
 
 
 def test_the_newest_good_checkpoint_is_found_among_damaged_ones(bench: Bench) -> None:

@@ -6,7 +6,7 @@ import errno
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,15 +19,9 @@ from tests.support import naive_saver
 from tests.support.crash_disk import CrashDisk, Tree
 from tests.support.faulty_disk import KINDS, Fault, FaultyDisk
 from tests.support.simulated_ranks import fork_ranks, run_threads
-from tests.support.storage_trials import Bench, fast_bench
+from tests.support.storage_trials import Bench
 
 pytestmark = pytest.mark.fault
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[Bench]:
-    with fast_bench() as made:
-        yield made
 
 
 # --- the failing disk ------------------------------------------------------------------------------------------------

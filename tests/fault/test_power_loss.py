@@ -6,21 +6,13 @@ about this: the page cache survives a process (`test_save_protocol.py`). Many mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from tests.support.storage_trials import SCENARIOS, Bench, Scenario, fast_bench, power_losses
+from tests.support.storage_trials import SCENARIOS, Bench, Scenario, power_losses
 
 pytestmark = pytest.mark.fault
 
 SEED = 20261125
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[Bench]:
-    with fast_bench() as made:
-        yield made
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -12,7 +12,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,7 +32,6 @@ from tests.support.storage_trials import (
     Scenario,
     every_crash_point,
     every_storage_error,
-    fast_bench,
     problems_of,
     random_kills,
     save_rank,
@@ -42,12 +41,6 @@ from tests.support.tiny_checkpoints import content
 pytestmark = pytest.mark.fault
 
 SEED = 20261125
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[Bench]:
-    with fast_bench() as made:
-        yield made
 
 
 # --- kills -----------------------------------------------------------------------------------------------------------
