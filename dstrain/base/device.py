@@ -36,6 +36,28 @@ def choose_device(wanted: DeviceChoice) -> str:
     return device
 
 
+def gpu_index(local_rank: int, *, local_size: int, visible: int, per_task: bool) -> int:
+    """Which of the GPUs that a rank sees is its own.
+
+    Args:
+        local_rank: the rank's number on its machine.
+        local_size: ranks on it.
+        visible: GPUs that this process sees.
+        per_task: whether the launcher may show each rank its own GPU only (srun with --gpus-per-task or --gpu-bind).
+
+    Raises:
+        MachineError: there are fewer GPUs than ranks; NCCL would fail later with "Duplicate GPU detected".
+    """
+    if visible >= local_size:
+        return local_rank
+    if visible == 1 and per_task:
+        return 0
+    raise MachineError(
+        f"{local_size} ranks on this machine and {visible} visible GPUs "
+        f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}): start one rank for each GPU"
+    )
+
+
 def choose_precision(wanted: str, *, device: str) -> Precision:
     """Resolve "auto" to bf16 where the hardware multiplies it natively, else fp32.
 

@@ -21,7 +21,9 @@ _LONGEST_HOST = 253
 _MOST_HOSTS = 100_000
 _LONGEST_LIST = 1 << 20
 _COUNTS_RANKS = ("torchrun", "deepspeed", "srun")
-_INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""What gloo and NCCL read to choose a network interface."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,17 @@ class World:
         # that a person chose stays.
         return self.launcher in _COUNTS_RANKS and self.master_addr in (socket.gethostname(), socket.getfqdn())
 
+    def interface_variables(self) -> dict[str, str]:
+        """The loopback interface for ranks that are all on one host; nothing for others."""
+        return dict.fromkeys(INTERFACE_VARIABLES, "lo") if self.is_on_one_host else {}
+
     def export(self, environment: MutableMapping[str, str]) -> None:
         """Write the variables that torch and DeepSpeed read, so that no other discovery (mpi4py) is tried.
 
         On one host ranks meet and talk over the loopback interface only, unless another one is set.
         """
-        if self.is_on_one_host:
-            for name in _INTERFACE_VARIABLES:
-                environment.setdefault(name, "lo")
+        for name, value in self.interface_variables().items():
+            environment.setdefault(name, value)
         environment.update(
             RANK=str(self.rank),
             WORLD_SIZE=str(self.size),

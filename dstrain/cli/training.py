@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 from dstrain.base.config import Config, load_config, merge, parse_overrides, read_yaml, validate
 from dstrain.base.errors import ConfigError, DstrainError, PeerError
 from dstrain.base.privacy import make_private
+from dstrain.base.rank_settings import RankSettings
 from dstrain.base.secrets import refuse_redacted
 from dstrain.base.world import World
 from dstrain.health.signals import StopRequest
@@ -104,6 +106,7 @@ def _run_stage(args: argparse.Namespace) -> int:
     configure_logs(world)
     # In force before the imports of the stage, which take seconds: a request in that time must not just kill the process.
     with StopRequest(watch_parent=world.size > 1) as stop:
+        _take_up(world, args)
         config = _said_once(world, lambda: _stage_config(args))
         _said_once(world, lambda: make_private(config.run_folder))
         _prepare(config)
@@ -114,6 +117,25 @@ def _run_stage(args: argparse.Namespace) -> int:
         from dstrain.stages.finetune import finetune
 
         return int(finetune(config, world, stop=stop))
+
+
+def _take_up(world: World, args: argparse.Namespace) -> None:
+    """Threads, cores and interfaces first: reading the whole configuration imports torch, which makes its thread pools."""
+    from dstrain.launcher.rank_environment import take_up
+
+    path, overrides = _said_once(world, lambda: _split_items(args))
+    engine = _said_once(world, lambda: merge(read_yaml(path), parse_overrides(overrides)).get("engine", {}))
+    fields = {name: engine[name] for name in RankSettings.model_fields if isinstance(engine, dict) and name in engine}
+    try:
+        settings = validate(RankSettings, fields, source=str(path))
+    except ConfigError:  # the whole configuration's reader says it better, at once
+        return
+    try:
+        take_up(settings, world, os.environ)
+    except DstrainError as error:  # of this machine; its first rank says it
+        if world.local_rank:
+            raise PeerError(str(error), exit_code=error.exit_code) from None
+        raise
 
 
 def _run_evaluate(args: argparse.Namespace) -> int:

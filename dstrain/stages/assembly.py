@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,12 +14,15 @@ from torch import nn
 
 from dstrain.base.control import ControlPlane
 from dstrain.base.device import Precision, choose_device, choose_precision
+from dstrain.base.logs import get_logger
 from dstrain.base.protocols import Loader, Objective, ShouldLeave, never
 from dstrain.base.seeds import derive
 from dstrain.base.world import World
+from dstrain.launcher.rank_environment import describe, take_up
 from dstrain.stages.config import FinetuneConfig, PretrainConfig
-from dstrain.stages.environment import set_threads
 from dstrain.train.engine import Engine, start_processes, stop_processes
+
+_LOG = get_logger(__name__)
 
 AnyConfig = PretrainConfig | FinetuneConfig
 
@@ -73,7 +77,10 @@ def open_site(config: AnyConfig, world: World) -> Iterator[Site]:
     """Choose device, precision and threads, join the processes, and leave them when done."""
     device = choose_device(config.engine.device)
     precision = choose_precision(config.engine.precision, device=device)
-    set_threads(world, config.engine.threads)
+    taken = take_up(config.engine, world, os.environ)
+    torch.set_num_threads(taken.threads)
+    if world.is_first:
+        _LOG.info("each rank has %s", describe(taken))
     control = start_processes(world, device=device, timeout_s=config.engine.timeout_s)
     try:
         yield Site(world, control, device, precision)

@@ -14,6 +14,7 @@ import torch
 
 from dstrain.base.device import device_name
 from dstrain.base.world import World
+from dstrain.launcher.rank_environment import ranges
 
 _PACKAGES = (
     "dstrain",
@@ -52,17 +53,8 @@ def describe_environment(world: World, *, device: str, precision: str) -> dict[s
         "cores": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "threads": torch.get_num_threads(),
+        "affinity": ranges(tuple(os.sched_getaffinity(0))),
         "world_size": world.size,
         "launcher": world.launcher,
         "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
     }
-
-
-def set_threads(world: World, threads: int | None) -> None:
-    """Share this node's cores out among its ranks, unless the configuration or OMP_NUM_THREADS says otherwise."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    elif "OMP_NUM_THREADS" not in os.environ or world.launcher in ("torchrun", "deepspeed"):
-        # torchrun sets OMP_NUM_THREADS=1 and deepspeed may bind cores: the share of cores is the better default.
-        available = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, available // world.local_size))

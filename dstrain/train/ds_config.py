@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, model_validator
 from dstrain.base.config import Config
 from dstrain.base.device import Precision
 from dstrain.base.errors import ConfigError
+from dstrain.base.rank_settings import RankSettings
 
 _PASSED_THROUGH = ("compile", "aio", "timers", "comms_logger", "flops_profiler", "zero_optimization")
 _PASSED_THROUGH_ZERO = ("offload_optimizer", "offload_param")
@@ -57,8 +58,8 @@ _REFUSED = (
 )  # fmt: skip
 
 
-class EngineConfig(Config):
-    """The DeepSpeed engine: sharding, precision, device."""
+class EngineConfig(RankSettings):
+    """The DeepSpeed engine: sharding, precision, device; and how its ranks sit on their machines."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What is sharded over ranks: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters. 1 fits every encoder
@@ -67,12 +68,8 @@ class EngineConfig(Config):
     """auto: bf16 where the hardware multiplies it natively, else fp32 (fp16 on GPUs older than that)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: GPUs when this process sees one. cuda makes a missing GPU an error instead of a slow CPU run."""
-    threads: int | None = Field(default=None, ge=1)
-    """CPU threads of each rank. Default: the cores this node gives to the job, shared out among its ranks."""
     bucket_elements: int = Field(default=50_000_000, ge=1_000)
     """Elements of one reduce or all-gather bucket; 5e7 is 100 MB in bf16."""
-    timeout_s: int = Field(default=600, ge=10)
-    """Seconds a collective may wait for a peer before the job fails."""
     initial_loss_scale_power: int = Field(default=16, ge=0, le=32)
     """fp16 only: the dynamic loss scale starts at 2 to this power."""
 

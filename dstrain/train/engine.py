@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from torch import Tensor, distributed, nn
 
 from dstrain.base.control import ControlPlane
-from dstrain.base.device import Precision
+from dstrain.base.device import Precision, gpu_index
 from dstrain.base.errors import ConfigError, MachineError, PeerGoneError
 from dstrain.base.logs import get_logger
 from dstrain.base.peer_loss import is_peer_loss
@@ -107,7 +107,11 @@ def start_processes(world: World, *, device: str, timeout_s: int) -> ControlPlan
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     clear_stale_locks()
     if device == "cuda":
-        torch.cuda.set_device(world.local_rank)
+        own = gpu_index(
+            world.local_rank, local_size=world.local_size, visible=torch.cuda.device_count(),
+            per_task=world.launcher == "srun",
+        )  # fmt: skip
+        torch.cuda.set_device(own)
     backend, timeout = "nccl" if device == "cuda" else "gloo", timedelta(seconds=timeout_s)
     try:
         if not distributed.is_initialized() and (store := loopback_store(world, timeout_s=timeout_s)) is not None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dstrain.base import device as device_module
-from dstrain.base.device import choose_device, choose_precision, cpu_has_bf16, device_name
+from dstrain.base.device import choose_device, choose_precision, cpu_has_bf16, device_name, gpu_index
 from dstrain.base.errors import MachineError
 
 
@@ -76,3 +76,19 @@ def test_x86_is_asked_through_torch(native, monkeypatch):
 
 def test_the_processor_has_a_name():
     assert device_name("cpu").strip()
+
+
+@pytest.mark.parametrize(
+    ("rank", "ranks", "visible", "per_task", "index"),
+    [(0, 1, 1, False, 0), (3, 4, 4, False, 3), (1, 2, 8, False, 1), (3, 4, 1, True, 0), (1, 2, 2, True, 1)],
+)
+def test_a_rank_takes_its_own_gpu_also_where_srun_shows_it_no_other(
+    rank: int, ranks: int, visible: int, per_task: bool, index: int
+) -> None:
+    assert gpu_index(rank, local_size=ranks, visible=visible, per_task=per_task) == index
+
+
+@pytest.mark.parametrize(("visible", "per_task"), [(1, False), (2, True), (0, True)])
+def test_fewer_gpus_than_ranks_are_refused(visible: int, per_task: bool) -> None:
+    with pytest.raises(MachineError, match=f"4 ranks on this machine and {visible} visible GPUs"):
+        gpu_index(0, local_size=4, visible=visible, per_task=per_task)
