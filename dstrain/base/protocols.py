@@ -201,11 +201,22 @@ class LossParts:
     """() float32: targets predicted right (0 for regression)."""
 
 
+class HeadLoss(Protocol):
+    """Scores hidden states where a model would make logits of them, so that the logits need not exist at once."""
+
+    def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(M, H) states, (V, H) matrix, (V,) bias: () float32 summed loss, differentiable, and () float32 hits."""
+        ...
+
+
 class Objective(Protocol):
     """Turns a model's logits at the targets into a summed loss."""
 
     def loss(self, model: nn.Module, batch: MicroBatch) -> LossParts:
-        """Run `model(batch)`, whose result is (M, classes) logits at `batch.targets`, and score it."""
+        """Run `model(batch)`, whose result is (M, classes) logits at `batch.targets`, and score it.
+
+        A model whose `scores_at_head` is true takes `head_loss=` (a `HeadLoss`) and returns what that returns.
+        """
         ...
 
 

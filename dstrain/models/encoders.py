@@ -19,8 +19,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from dstrain.base.errors import ConfigError
-from dstrain.base.protocols import MicroBatch
+from dstrain.base.protocols import HeadLoss, MicroBatch
 from dstrain.models.attention import SegmentLayout, segment_attention
+from dstrain.models.decoder import ScoringDecoder
 from dstrain.models.inputs import pad_segments, padded_inputs, padded_rows, plain_batch, unpadded_inputs
 
 ATTENTION_NAME = "dstrain_segments"
@@ -28,7 +29,7 @@ _SELF_CHECK_TOLERANCE = 1e-4
 
 
 class MaskedLanguageModel(nn.Module):
-    """A Hugging Face masked-LM model: a micro-batch in, (M, vocab) logits at its targets out."""
+    """A Hugging Face masked-LM model: a micro-batch in, (M, vocab) logits at its targets out, or their loss."""
 
     def __init__(self, model: PreTrainedModel, *, attention: str = "auto") -> None:
         """Wrap a model and choose how it is fed.
@@ -45,9 +46,11 @@ class MaskedLanguageModel(nn.Module):
         self._rows: Tensor | None = None
         model.base_model.register_forward_hook(self._keep_target_rows, with_kwargs=False)
         self.attention, self.attention_reason = choose_attention(self, attention, segments_are_targets=False)
+        self._decoder = ScoringDecoder.of(model)
+        self.scores_at_head = self._decoder is not None
 
-    def forward(self, batch: MicroBatch) -> Tensor:
-        """Logits (M, vocab) at `batch.targets`."""
+    def forward(self, batch: MicroBatch, head_loss: HeadLoss | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits (M, vocab) at `batch.targets`; or what `head_loss` makes of the states that would become logits."""
         if self.attention == "unpadded":
             inputs = unpadded_inputs(self.model, batch)
             self._rows = batch.targets
@@ -55,7 +58,11 @@ class MaskedLanguageModel(nn.Module):
             inputs, width = padded_inputs(batch, pad_id=_pad_id(self.model))
             self._rows = padded_rows(batch, width)
         try:
-            return cast(Tensor, self.model(**inputs).logits[0])
+            if head_loss is None or self._decoder is None:
+                return cast(Tensor, self.model(**inputs).logits[0])
+            with self._decoder.scoring(head_loss) as scored:
+                loss = self.model(**inputs).logits
+            return loss.reshape(()), scored.hits
         finally:
             self._rows = None
 

@@ -6,12 +6,13 @@ accumulation, so that a mean of means never arises.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
-from dstrain.base.protocols import IGNORED_LABEL, LossParts, MicroBatch
+from dstrain.base.protocols import LossParts, MicroBatch
+from dstrain.objectives.linear_cross_entropy import LinearCrossEntropy, score_logits
 from dstrain.objectives.masking_config import MaskingConfig
 
 
@@ -25,9 +26,18 @@ class MlmConfig(MaskingConfig):
 class MlmObjective:
     """Implements `base.protocols.Objective`."""
 
+    def __init__(self, *, compiled: bool = False) -> None:
+        """Prepare.
+
+        Args:
+            compiled: compile the passes over the logits; see `LinearCrossEntropy`.
+        """
+        self._head = LinearCrossEntropy(compiled=compiled)
+
     def loss(self, model: nn.Module, batch: MicroBatch) -> LossParts:
-        """Score the model's (M, vocab) logits at the masked positions."""
-        logits: Tensor = model(batch).float()
-        loss = functional.cross_entropy(logits, batch.labels, ignore_index=IGNORED_LABEL, reduction="sum")
-        correct = (logits.detach().argmax(dim=-1) == batch.labels).sum().float()
+        """Score the masked positions: inside the model's vocabulary head where it lets us, else on its (M, vocab) logits."""
+        if getattr(model, "scores_at_head", False):
+            loss, correct = model(batch, head_loss=partial(self._head, labels=batch.labels))
+        else:
+            loss, correct = score_logits(model(batch), batch.labels)
         return LossParts(loss_sum=loss, correct=correct)
