@@ -63,6 +63,31 @@ class StragglerReport:
         )
 
 
+def balance(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """How evenly the ranks work, in a handful of figures for curves; however many ranks, the same figures.
+
+    Args:
+        parts: of rank 0, 1, ...: mean seconds of a step by part, as for `StragglerJudge.judge`.
+
+    Returns:
+        `slowest`, the number of the rank whose own work takes longest; `work_over_median`, its own work as a multiple of the
+        median rank's; `data_excess`, by how much the longest wait for data is longer than the median rank's, as a share of a
+        step; `communication_least` and `communication_most`, the shares of a step that the rank with the least and the one
+        with the most communication spend there. The least is the network's own: the last to arrive waits for nobody.
+    """
+    works = [_own_work(p) for p in parts]
+    step_s = median(sum(p.values()) for p in parts)
+    waits = [p.get("data", 0.0) for p in parts]
+    shares = [_share(p.get(COMMUNICATION, 0.0), sum(p.values())) for p in parts]
+    return {
+        "slowest": float(max(range(len(works)), key=works.__getitem__)),
+        "work_over_median": _ratio(max(works), median(works)),
+        "data_excess": _share(max(waits) - median(waits), step_s),
+        "communication_least": min(shares),
+        "communication_most": max(shares),
+    }
+
+
 class StragglerJudge:
     """Remembers each rank's best window and how long somebody has been slow; the same answers on every rank."""
 
@@ -88,7 +113,7 @@ class StragglerJudge:
         Returns:
             A report when somebody has been slow for `windows` windows in a row, and again when that number has doubled.
         """
-        works = [sum(seconds for name, seconds in p.items() if name != COMMUNICATION) for p in parts]
+        works = [_own_work(p) for p in parts]
         transfer = min(p.get(COMMUNICATION, 0.0) for p in parts)
         step_s = median(sum(p.values()) for p in parts)
         self._best = [min(best, work) for best, work in zip(self._best, works)]
@@ -141,6 +166,15 @@ class StragglerJudge:
             share=_ratio(lost, step_s),
             windows=self._streak + 1 if self._slow == -1 else 1,
         )
+
+
+def _own_work(parts: Mapping[str, float]) -> float:
+    """Seconds of a step that wait for no other rank."""
+    return sum(seconds for name, seconds in parts.items() if name != COMMUNICATION)
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0
 
 
 def _ratio(part: float, whole: float) -> float:

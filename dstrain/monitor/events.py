@@ -27,7 +27,7 @@ _log = get_logger(__name__)
 
 _LINE_LIMIT = 1 << 20
 
-CURVE_EVENTS = frozenset({"step", "step_skipped", "evaluated"})
+CURVE_EVENTS = frozenset({"step", "step_skipped", "evaluated", "ranks"})
 """Events that are points of a curve over `step`, which a resume from an earlier step takes back."""
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
@@ -21,7 +21,10 @@ from dstrain.base.world import World
 from dstrain.monitor.config import MonitorConfig
 from dstrain.monitor.events import EventLog
 from dstrain.monitor.flops import ModelShape, flops_per_token, known_peak_tflops, model_flops_utilisation
+from dstrain.monitor.goodput import Goodput
 from dstrain.monitor.goodput_meter import GoodputMeter
+from dstrain.monitor.histogram import Histogram
+from dstrain.monitor.hparams import HELD_OUT, Setting
 from dstrain.monitor.tensorboard import TensorBoard
 from dstrain.monitor.terminal import TerminalLine
 
@@ -101,6 +104,7 @@ class Monitor:
         num_devices: devices of the whole job.
         mean_context: tokens a token attends to, on average (see `flops.flops_per_token`); 0 leaves attention out.
         config_text: the resolved configuration, for TensorBoard's text page.
+        settings: of the run, for TensorBoard's page of hyper-parameters.
         goodput: measures where wall time goes; one that was started earlier knows more of the start. None makes one.
     """
 
@@ -117,6 +121,7 @@ class Monitor:
         num_devices: int,
         mean_context: float = 0.0,
         config_text: str = "",
+        settings: Sequence[Setting] = (),
         goodput: GoodputMeter | None = None,
     ) -> None:
         self._config = config
@@ -126,7 +131,7 @@ class Monitor:
         self._mean_context = mean_context
         self._num_devices = num_devices
         self._peak_tflops = config.peak_tflops or known_peak_tflops(device_name)
-        self._window = _Window()
+        self._window, self._whole = _Window(), _Window()
         self.failures = 0
         """Calls whose numbers were lost for another reason than what events and TensorBoard count themselves."""
         self.goodput = goodput or GoodputMeter(run_folder, active=world.is_first)
@@ -136,7 +141,9 @@ class Monitor:
         self._tensorboard: TensorBoard | None = None
         if config.tensorboard:
             texts = {"configuration": f"```yaml\n{config_text}\n```"} if config_text else {}
-            self._tensorboard = TensorBoard(run_folder / "tensorboard", world, start_step=start_step, texts=texts)
+            self._tensorboard = TensorBoard(
+                run_folder / "tensorboard", world, start_step=start_step, texts=texts, settings=settings
+            )
         self._terminal = TerminalLine(world, max_steps=max_steps)
         name = "resumed" if start_step else "started"
         self.event(
@@ -160,6 +167,7 @@ class Monitor:
             return
         self.goodput.step(report)
         self._window.add(report)
+        self._whole.add(report)
         if not report.applied:
             self.event("step_skipped", step=report.step, loss=report.loss, gradient_norm=report.gradient_norm)
         due = report.step % self._config.log_every == 0 or report.step in (1, self._max_steps)
@@ -189,15 +197,39 @@ class Monitor:
             self._tensorboard.go_back(step)
 
     @_best_effort
-    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the result of an evaluation after `step` steps, e.g. `{"loss": 3.1, "accuracy": 0.4}`."""
+    def evaluated(self, step: int, metrics: Mapping[str, float], *, is_kept: bool = True) -> None:
+        """Write the result of an evaluation after `step` steps, e.g. `{"loss": 3.1, "accuracy": 0.4}`.
+
+        Args:
+            step: optimizer steps done.
+            metrics: by name.
+            is_kept: whether these weights are, so far, what the run is judged by: the newest, or the best.
+        """
         if not self._active:
             return
         self.goodput.part("evaluate", metrics.get("seconds", 0.0))
         self.event("evaluated", step=step, metrics=dict(metrics))
         if self._tensorboard is not None:
-            self._tensorboard.scalars(step, {f"evaluation/{name}": value for name, value in metrics.items()})
+            curves = {f"evaluation/{name}": value for name, value in metrics.items()}
+            if is_kept:
+                curves |= {f"hparam/held_out_{name}": metrics[name] for name in HELD_OUT if name in metrics}
+            self._tensorboard.scalars(step, curves)
         _log.info("evaluation at step %d: %s", step, ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+
+    @_best_effort
+    def ranks(self, step: int, figures: Mapping[str, float]) -> None:
+        """Write how evenly the ranks worked since the last time: a few figures, however many ranks there are."""
+        if not self._active:
+            return
+        self.event("ranks", step=step, **figures)
+        if self._tensorboard is not None:
+            self._tensorboard.scalars(step, {f"ranks/{name}": value for name, value in figures.items()})
+
+    @_best_effort
+    def histograms(self, step: int, found: Mapping[str, Histogram]) -> None:
+        """Write histograms of weights and gradients, by name, to TensorBoard only."""
+        if self._active and self._tensorboard is not None:
+            self._tensorboard.histograms(step, found)
 
     @_best_effort
     def on_end(self, state: RunState) -> None:
@@ -206,9 +238,9 @@ class Monitor:
             return
         # Since the last step, the loop did nothing else but evaluate (counted by itself), save, and wait for the save.
         self.goodput.rest("save_stall")
-        self.goodput.end("complete" if state.step >= self._max_steps else "saved")
+        is_complete = state.step >= self._max_steps
+        self.goodput.end("complete" if is_complete else "saved")
         goodput = self.goodput.total()
-        dropped = self.events.dropped + (self._tensorboard.dropped if self._tensorboard else 0)
         self.event(
             "ended",
             step=state.step,
@@ -217,13 +249,16 @@ class Monitor:
             ledger=str(state.ledger),
             skipped_steps=state.skipped_steps,
             compute_seconds=state.compute_seconds,
-            events_dropped=dropped + self.failures + self.goodput.dropped,
+            events_dropped=self._numbers_lost(),
             goodput=goodput.to_plain(),
             **self._cost(state),
         )
         self._terminal.close()
         _log.info("%s", goodput.table())
         if self._tensorboard is not None:
+            self._tensorboard.scalars(state.step, self._figures(state, goodput))
+            if is_complete:
+                self._tensorboard.completed()
             self._tensorboard.close()
         self.events.close()
 
@@ -232,7 +267,7 @@ class Monitor:
         speed = {
             "tokens_per_second": window.tokens_per_second,
             "padding_percent": window.padding_percent,
-            **self._utilisation(),
+            **self._utilisation(window, window.tokens_per_second),
         }
         seconds = {part: window.seconds.get(part, 0.0) / window.steps for part in (*TIME_PARTS, "total")}
         learning = {
@@ -268,17 +303,33 @@ class Monitor:
             curves.update(ledger_curves(total=state.ledger, of_step=report.ledger))
             curves.update({f"time/{part}_seconds": seconds[part] for part in TIME_PARTS})
             curves.update({f"cost/{name.removeprefix('cost_')}": value for name, value in cost.items()})
+            curves["data/wait_share"] = seconds["data"] / seconds["total"] if seconds["total"] > 0 else 0.0
+            curves["health/skipped_steps"] = state.skipped_steps
+            curves["health/numbers_lost"] = self._numbers_lost()
             curves["goodput/ratio"] = goodput.ratio
             curves.update({f"goodput/{bucket}": spent for bucket, spent in goodput.seconds.items()})
             self._tensorboard.scalars(report.step, curves)
 
-    def _utilisation(self) -> dict[str, float]:
+    def _figures(self, state: RunState, goodput: Goodput) -> dict[str, float]:
+        """What runs are compared by, over all their restarts."""
+        speed = state.tokens / state.compute_seconds if state.compute_seconds > 0 else 0.0
+        figures = {"tokens_per_second": speed, "goodput": goodput.ratio, **self._cost(state)}
+        if self._whole.tokens:
+            figures |= self._utilisation(self._whole, speed)
+        return {f"hparam/{name}": value for name, value in figures.items()}
+
+    def _numbers_lost(self) -> int:
+        of_curves = self._tensorboard.dropped if self._tensorboard is not None else 0
+        return self.events.dropped + of_curves + self.failures + self.goodput.dropped
+
+    def _utilisation(self, window: _Window, tokens_per_second: float) -> dict[str, float]:
         if self._shape is None or self._peak_tflops is None:
             return {}
-        share = self._window.scored_share
         mfu = model_flops_utilisation(
-            tokens_per_second=self._window.tokens_per_second,
-            flops_per_token=flops_per_token(self._shape, mean_context=self._mean_context, scored_share=share),
+            tokens_per_second=tokens_per_second,
+            flops_per_token=flops_per_token(
+                self._shape, mean_context=self._mean_context, scored_share=window.scored_share
+            ),
             peak_tflops=self._peak_tflops,
             num_devices=self._num_devices,
         )

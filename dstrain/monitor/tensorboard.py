@@ -9,39 +9,54 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from dstrain.base.logs import get_logger
 from dstrain.base.secrets import redact
 from dstrain.base.world import World
 from dstrain.monitor.goodput import BUCKETS
+from dstrain.monitor.histogram import Histogram
+from dstrain.monitor.hparams import Setting, completed, table_of
 
 _log = get_logger(__name__)
 
-# Charts of TensorBoard's "custom scalars" page: group -> chart -> curves.
-_LAYOUT = {
-    "Learning": {
-        "loss": ["Multiline", ["train/loss", "evaluation/loss"]],
-        "accuracy": ["Multiline", ["train/accuracy", "evaluation/accuracy"]],
-        "learning rate": ["Multiline", ["train/learning_rate"]],
-        "gradient norm": ["Multiline", ["train/gradient_norm"]],
+_BALANCE = "slowest rank over the median: its own work, waiting for data"
+
+# Charts of TensorBoard's "custom scalars" page: group -> chart -> curves, as regular expressions.
+LAYOUT: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "Loss and accuracy": {
+        "loss": ["train/loss", "evaluation/loss"],
+        "accuracy": ["train/accuracy", "evaluation/accuracy", "evaluation/unigram_accuracy"],
+        "held-out loss of each source": ["evaluation/loss_.*"],
+        "held-out score of the task": ["evaluation/(f1|mcc|spearman|pearson)"],
+        "learning rate": ["train/learning_rate"],
     },
-    "Speed": {
-        "real tokens per second": ["Multiline", ["throughput/tokens_per_second"]],
-        "padding, percent": ["Multiline", ["throughput/padding_percent"]],
-        "model FLOP utilisation": ["Multiline", ["throughput/mfu"]],
-        "where a step's seconds go": ["Multiline", ["time/.*"]],
+    "Throughput and cost": {
+        "real tokens per second": ["throughput/tokens_per_second"],
+        "model FLOP utilisation": ["throughput/mfu"],
+        "where a step's seconds go": ["time/.*"],
+        "cost, US dollars": ["cost/usd"],
+        "goodput: productive share of the wall time": ["goodput/ratio"],
+        "where the wall time went, seconds": [f"goodput/{bucket}" for bucket in BUCKETS],
     },
-    "Progress": {
-        "tokens": ["Multiline", ["progress/tokens"]],
-        "epoch": ["Multiline", ["progress/epoch"]],
-        "cost, US dollars": ["Multiline", ["cost/usd"]],
-        "goodput: productive share of the wall time": ["Multiline", ["goodput/ratio"]],
-        "where the wall time went, seconds": ["Multiline", [f"goodput/{bucket}" for bucket in BUCKETS]],
-        "ledger, low 24 bits: equal curves, equal data": ["Multiline", ["ledger/total"]],
+    "Health": {
+        "gradient norm": ["train/gradient_norm"],
+        "steps left out, numbers lost": ["health/skipped_steps", "health/numbers_lost"],
+        "slowest rank's own work over the median rank's": ["ranks/work_over_median"],
+        "number of the slowest rank": ["ranks/slowest"],
+        "longest wait for data beyond the median rank's, share of a step": ["ranks/data_excess"],
+        "communication, share of a step: least and most of any rank": ["ranks/communication_(least|most)"],
+    },
+    "Data": {
+        "waiting for data, share of a step": ["data/wait_share"],
+        "padding, percent": ["throughput/padding_percent"],
+        "tokens": ["progress/tokens"],
+        "epoch": ["progress/epoch"],
+        "ledger, low 24 bits: equal curves, equal data": ["ledger/total"],
     },
 }
 
@@ -58,6 +73,7 @@ class TensorBoard:
         world: this process's place.
         start_step: optimizer steps already done; points after it are purged.
         texts: title -> Markdown for TensorBoard's text page, such as the configuration.
+        settings: columns and this run's row of the hyper-parameter page; none leaves the page out.
         retry_seconds: how long points are dropped after a failure before a new file is tried.
     """
 
@@ -68,6 +84,7 @@ class TensorBoard:
         *,
         start_step: int,
         texts: Mapping[str, str] | None = None,
+        settings: Sequence[Setting] = (),
         retry_seconds: float = 60.0,
     ) -> None:
         self.folder = folder
@@ -80,6 +97,7 @@ class TensorBoard:
         self._writer: SummaryWriter | None = None
         self._suffix = ""
         self._texts = dict(texts or {})
+        self._settings = tuple(settings)
         self._warned = False
 
     def go_back(self, start_step: int) -> None:
@@ -99,6 +117,25 @@ class TensorBoard:
     def text(self, step: int, title: str, text: str) -> None:
         """Write Markdown under a title of TensorBoard's text page at `step`."""
         self._attempt(lambda writer: writer.add_text(title, redact(text), step))
+
+    def histograms(self, step: int, found: Mapping[str, Histogram]) -> None:
+        """Write one histogram under each name at `step`; an empty one is left out."""
+
+        def work(writer: SummaryWriter) -> None:
+            for name, histogram in found.items():
+                edges, counts = histogram.occupied()
+                if counts:
+                    writer.add_histogram_raw(
+                        name, min=edges[0], max=edges[-1], num=histogram.size, sum=histogram.total,
+                        sum_squares=histogram.squares, bucket_limits=edges, bucket_counts=counts, global_step=step,
+                    )  # fmt: skip
+
+        self._attempt(work)
+
+    def completed(self) -> None:
+        """Mark this run as complete on the page of hyper-parameters."""
+        if self._settings:
+            self._attempt(lambda writer: _add(writer, completed(ended_at=time.time())))
 
     def close(self) -> None:
         """Write out what is queued and close the file; writing again opens a new one."""
@@ -135,9 +172,16 @@ class TensorBoard:
                 filename_suffix=self._suffix,
             )
             self._purge_step = None  # a file opened later in this process takes nothing back
-            self._writer.add_custom_scalars(_LAYOUT)
+            self._writer.add_custom_scalars(
+                {
+                    group: {name: ["Multiline", list(tags)] for name, tags in charts.items()}
+                    for group, charts in LAYOUT.items()
+                }
+            )
             for title, text in self._texts.items():
                 self._writer.add_text(title, redact(text), 0)
+            if self._settings:
+                _add(self._writer, *table_of(self._settings, started_at=time.time()))
         return self._writer
 
     def _lose(self, error: Exception, *, pause: bool = True) -> None:
@@ -147,3 +191,8 @@ class TensorBoard:
         if not self._warned:
             self._warned = True
             _log.warning("%s: TensorBoard points are being lost (training goes on): %s", self.folder, error)
+
+
+def _add(writer: SummaryWriter, *records: Summary) -> None:
+    for record in records:
+        writer.file_writer.add_summary(record)  # type: ignore[attr-defined]

@@ -68,10 +68,15 @@ class GatedAdamW(torch.optim.AdamW):
     gate: Callable[[], bool] | None = None
     """Whether the update may be done; DeepSpeed may call `step` several times for one update, once for each group."""
 
+    before_update: Callable[[list[Tensor]], None] | None = None
+    """Shown the parameters that are about to be updated, with their gradients as the update takes them; looks only."""
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Step, unless the gate says no."""
         if self.gate is None or self.gate():
+            if self.before_update is not None:
+                self.before_update([p for group in self.param_groups for p in group["params"]])
             super().step(closure)
 
 

@@ -20,7 +20,7 @@ from dstrain.base.errors import MachineError
 from dstrain.base.logs import get_logger
 from dstrain.base.protocols import RunState, StepReport
 from dstrain.health.consistency import Divergence, ReplicaCheck, check_agreement, code_fingerprint
-from dstrain.health.stragglers import COMMUNICATION, StragglerJudge
+from dstrain.health.stragglers import COMMUNICATION, StragglerJudge, balance
 from dstrain.monitor.monitor import Monitor
 from dstrain.stages.assembly import AnyConfig
 from dstrain.stages.environment import package_versions
@@ -116,7 +116,9 @@ class CrossChecks:
     def _look_for_stragglers(self, step: int) -> None:
         means = {name: seconds / self._steps for name, seconds in self._parts.items()}
         self._parts, self._steps = {}, 0
-        found = self._judge.judge(self._control.gather_json(means))
+        of_ranks = self._control.gather_json(means)
+        self._monitor.ranks(step, balance(of_ranks))
+        found = self._judge.judge(of_ranks)
         if found is not None:
             self._monitor.event(
                 "straggler", step=step, rank=found.rank, host=found.host, cause=found.cause, score=found.score,

@@ -20,7 +20,7 @@ from dstrain.base.config import dump_yaml, to_plain
 from dstrain.base.device import device_name
 from dstrain.base.errors import CheckpointError, ConfigError, ExitCode, NothingToResumeError, StorageError
 from dstrain.base.logs import get_logger
-from dstrain.base.protocols import Interrupted, RunState, ShouldLeave, StepFlags
+from dstrain.base.protocols import Interrupted, Observer, RunState, ShouldLeave, StepFlags
 from dstrain.base.secrets import redacted
 from dstrain.base.storage import make_directory, write_json, write_text
 from dstrain.checkpoint.fragments import EngineState
@@ -36,10 +36,12 @@ from dstrain.optim.schedule import learning_rate_factor
 from dstrain.stages.assembly import AnyConfig, Assembly, Site
 from dstrain.stages.cross_checks import CrossChecks
 from dstrain.stages.environment import describe_environment, package_versions
+from dstrain.stages.hyperparameters import hyperparameters
 from dstrain.stages.oversight import Oversight
 from dstrain.stages.roll_back import Window, go_back, read_windows, windows_missing
 from dstrain.stages.saving import Contents, Saving
 from dstrain.train.engine import PARAMETER_PREFIX, Engine
+from dstrain.train.histograms import Histograms
 from dstrain.train.loop import Boundary, Ending, train
 
 _LOG = get_logger(__name__)
@@ -275,6 +277,7 @@ class Run:
             num_devices=self.site.world.size,
             mean_context=self.parts.mean_context,
             config_text=self.config_yaml,
+            settings=hyperparameters(self.config, self.site, self.parts, num_parameters=about.num_parameters),
             goodput=self.guard.goodput,
         )
         if self.resumed_from is not None:
@@ -298,6 +301,15 @@ class Run:
             self.config, self.site.control, weights=self.engine.weights, monitor=self.monitor,
             hosts=self.site.control.gather_json(socket.gethostname()),
         )  # fmt: skip
+        self.observers: list[Observer] = [self.checks, self.saving, self.guard]
+        if (every := self.config.monitor.histograms_every) is not None and self.config.monitor.tensorboard:
+            histograms = Histograms(
+                every, names=self.fragments.shapes, owned=contents.fragments, control=self.site.control,
+                write=self.monitor.histograms, start_step=self.state.step,
+            )  # fmt: skip
+            self.engine.show_updates(histograms.look)
+            self.observers.append(histograms)
+        self.observers.append(self.monitor)
         if self.checks.replicas.not_applicable and world.size > 1:
             self._say(f"weights are not compared between ranks: {self.checks.replicas.not_applicable}")
 
@@ -325,7 +337,7 @@ class Run:
                 learning_rate=lambda step: (
                     peak * learning_rate_factor(config.schedule, step=step, max_steps=parts.max_steps)
                 ),
-                observers=[self.checks, self.saving, self.guard, self.monitor],
+                observers=self.observers,
                 boundary=boundary,
                 flags=self._flags,
                 guards=self.guards,
@@ -401,13 +413,14 @@ class Run:
             return False
         started = time.perf_counter()
         metrics = self.parts.evaluate(self.engine, self._leave_evaluation)
-        self.monitor.evaluated(step, {**metrics, "seconds": time.perf_counter() - started})
+        seconds = time.perf_counter() - started
         deciding = self.parts.deciding_metric
         best = self.state.best_metric
-        if deciding is None or step == 0 or (best is not None and metrics[deciding] <= best):
-            return False
-        self.state.best_metric, self.state.best_step = metrics[deciding], step
-        return True
+        is_best = deciding is not None and step > 0 and (best is None or metrics[deciding] > best)
+        self.monitor.evaluated(step, {**metrics, "seconds": seconds}, is_kept=is_best or deciding is None)
+        if is_best and deciding is not None:
+            self.state.best_metric, self.state.best_step = metrics[deciding], step
+        return is_best
 
     def _manifest(self, step: int) -> dict[str, Any]:
         shapes = self.fragments.shapes

@@ -184,12 +184,21 @@ class Engine:
         self._micro_batch, self._loss_scale, self._left_out = micro_batch, 1.0, False
         self._gate = StepGate(self._gradient_norm)
         client.gate = self._gate
+        self._client = client
 
     @property
     def model(self) -> nn.Module:
         """The wrapped model (sharded at stage 3)."""
         module: nn.Module = self.engine.module.model
         return module
+
+    def show_updates(self, look: Callable[[list[Tensor]], None]) -> None:
+        """Show every update to `look`, before it is done: fp32 tensors as DeepSpeed keeps them, with their gradients.
+
+        Called on every rank with what that rank updates, once or several times a step, and not at all for a step whose update
+        is left out.
+        """
+        self._client.before_update = look
 
     def weights(self) -> list[Tensor]:
         """The parameters that training computes with, in the model's order."""

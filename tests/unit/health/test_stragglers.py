@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dstrain.health.stragglers import StragglerConfig, StragglerJudge
+from dstrain.health.stragglers import StragglerConfig, StragglerJudge, balance
 
 HOSTS = ["n0", "n0", "n1", "n1", "n2", "n2", "n3", "n3"]
 
@@ -114,3 +114,32 @@ def test_any_numbers_are_judged_without_a_fault(works, transfer):
         assert report.rank == max(range(len(works)), key=works.__getitem__)
         assert 0 <= report.score < 0.75
         assert 0 <= report.share <= 1 + 1e-9
+
+
+@given(st.lists(st.tuples(*[st.floats(0, 100)] * 3), min_size=1, max_size=9))
+def test_balance_is_a_few_figures_however_many_ranks(parts):
+    found = balance([{"data": d, "compute": c, "communication": n} for d, c, n in parts])
+    works = [d + c for d, c, _ in parts]
+    assert works[int(found["slowest"])] == max(works)
+    assert found["work_over_median"] >= 1 or max(works) == 0
+    assert found["data_excess"] >= 0
+    assert 0 <= found["communication_least"] <= found["communication_most"] <= 1
+    assert len(found) == 5
+
+
+@pytest.mark.parametrize("size", [2, 3, 64])
+def test_balance_names_the_slow_rank_and_by_how_much(size):
+    even = {"data": 0.1, "compute": 0.9}
+    slow = {"data": 0.6, "compute": 0.9}
+    found = balance(synchronous([even] * (size - 1) + [slow]))
+    assert found["slowest"] == size - 1
+    median_work = 1.25 if size == 2 else 1.0  # of two, half way
+    assert found["work_over_median"] == pytest.approx(1.5 / median_work)
+    assert found["data_excess"] == pytest.approx((0.25 if size == 2 else 0.5) / 1.55)
+    assert found["communication_least"] == pytest.approx(0.05 / 1.55)
+    assert found["communication_most"] == pytest.approx(0.55 / 1.55)
+
+
+def test_ranks_that_measured_nothing_are_even():
+    nothing = balance([{"data": 0.0, "compute": 0.0, "communication": 0.0}] * 2)
+    assert (nothing["work_over_median"], nothing["data_excess"]) == (1.0, 0.0)

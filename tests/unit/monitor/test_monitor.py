@@ -1,14 +1,21 @@
+import re
+
 import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 
 from dstrain.base.protocols import RunState, StepReport
 from dstrain.base.world import World
+from dstrain.health.stragglers import balance
 from dstrain.monitor.config import MonitorConfig
-from dstrain.monitor.events import read_events
+from dstrain.monitor.events import current_curve, read_events
 from dstrain.monitor.flops import ModelShape
 from dstrain.monitor.goodput import BUCKETS
+from dstrain.monitor.histogram import EMPTY, histogram_of
 from dstrain.monitor.monitor import Monitor, ledger_curves
+from dstrain.monitor.tensorboard import LAYOUT
 
 # TensorBoard's writing thread dies with a traceback when its folder goes away; pytest may notice in a later test.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -140,12 +147,24 @@ def test_start_resume_evaluation_and_end_are_events(tmp_path):
     assert events(tmp_path, "ended")[-1]["step"] == 2
 
 
-def test_tensorboard_shows_every_promised_curve(tmp_path):
-    observer = monitor(tmp_path, tensorboard=True, shape=SHAPE, peak_tflops=100.0, gpu_hour_usd=2.0)
-    observer.evaluated(5, {"loss": 2.0})
-    run(observer, range(1, 11))
-    accumulator = EventAccumulator(str(tmp_path / "tensorboard"))
+def board(folder):
+    """What TensorBoard shows of a run."""
+    accumulator = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "histograms": 0})
     accumulator.Reload()
+    return accumulator
+
+
+def full_run(folder):
+    """A run that writes all there is to write."""
+    observer = monitor(folder, tensorboard=True, shape=SHAPE, peak_tflops=100.0, gpu_hour_usd=2.0)
+    observer.evaluated(5, {"loss": 2.0, "accuracy": 0.5, "unigram_accuracy": 0.1, "loss_web": 2.5, "f1": 0.5})
+    observer.ranks(10, balance([{"data": 0.1, "compute": 0.4, "communication": 0.5}] * 2))
+    run(observer, range(1, 11))
+    return board(folder)
+
+
+def test_tensorboard_shows_every_promised_curve(tmp_path):
+    accumulator = full_run(tmp_path)
     parts = ("data", "forward_backward", "step", "save", "evaluate", "other")
     assert set(accumulator.Tags()["scalars"]) == {
         *(f"train/{n}" for n in ("loss", "accuracy", "learning_rate", "gradient_norm")),
@@ -153,13 +172,74 @@ def test_tensorboard_shows_every_promised_curve(tmp_path):
         *(f"time/{n}_seconds" for n in parts),
         *(f"progress/{n}" for n in ("tokens", "rows", "epoch")),
         "cost/usd",
+        "data/wait_share",
+        *(f"health/{n}" for n in ("skipped_steps", "numbers_lost")),
+        *(
+            f"ranks/{n}"
+            for n in ("slowest", "work_over_median", "data_excess", "communication_least", "communication_most")
+        ),
         "ledger/total",
         "ledger/step",
         "goodput/ratio",
         *(f"goodput/{bucket}" for bucket in BUCKETS),
-        "evaluation/loss",
+        *(f"evaluation/{n}" for n in ("loss", "accuracy", "unigram_accuracy", "loss_web", "f1")),
+        *(f"hparam/{n}" for n in ("held_out_loss", "held_out_accuracy", "held_out_f1")),
+        *(f"hparam/{n}" for n in ("tokens_per_second", "mfu", "cost_usd", "goodput")),
     }
     assert [e.step for e in accumulator.Scalars("train/loss")] == [1, 10]
+    assert [e.value for e in accumulator.Scalars("data/wait_share")] == pytest.approx([0.1, 0.1])
+
+
+def test_every_chart_of_the_layout_shows_a_curve_that_is_written(tmp_path):
+    accumulator = full_run(tmp_path)
+    written = accumulator.Tags()["scalars"]
+    tensor = accumulator.Tensors("custom_scalars__config__")[0].tensor_proto
+    layout = layout_pb2.Layout.FromString(tensor.string_val[0])
+    assert [group.title for group in layout.category] == list(LAYOUT)
+    assert {"Loss and accuracy", "Throughput and cost", "Health", "Data"} <= set(LAYOUT)
+    for group in layout.category:
+        for chart in group.chart:
+            for pattern in chart.multiline.tag:
+                assert any(re.fullmatch(pattern, tag) for tag in written), f"{group.title}, {chart.title}: {pattern}"
+
+
+def test_figures_of_a_run_are_those_of_its_whole_work(tmp_path):
+    def last(tag):
+        return board(tmp_path).Scalars(tag)[-1].value
+
+    observer = monitor(tmp_path, tensorboard=True, shape=SHAPE, peak_tflops=1.0, gpu_hour_usd=2.0)
+    observer.evaluated(0, {"loss": 4.0}, is_kept=False)
+    observer.evaluated(5, {"loss": 2.0, "accuracy": 0.5})
+    observer.evaluated(10, {"loss": 3.0, "accuracy": 0.6}, is_kept=False)
+    state = run(observer, range(1, 26))
+    assert [last(f"hparam/held_out_{name}") for name in ("loss", "accuracy")] == [2.0, 0.5]
+    assert last("evaluation/loss") == 3.0
+    assert last("hparam/tokens_per_second") == pytest.approx(state.tokens / state.compute_seconds)
+    assert last("hparam/cost_usd") == pytest.approx(25 / 3600 * 2 * 2.0)
+    assert last("hparam/mfu") == pytest.approx(events(tmp_path, "step")[-1]["mfu"], rel=1e-6)
+
+
+def test_how_evenly_ranks_work_is_an_event_that_a_resume_takes_back(tmp_path):
+    for step in (10, 20):
+        monitor(tmp_path, start_step=step - 5).ranks(step, {"slowest": 3.0, "work_over_median": 1.5})
+    monitor(tmp_path, start_step=15)
+    current = current_curve(read_events(tmp_path / "events.jsonl"))
+    assert [(e["step"], e["slowest"]) for e in current if e["event"] == "ranks"] == [(10, 3.0)]
+
+
+def test_histograms_are_drawn_where_they_were_counted(tmp_path):
+    observer = monitor(tmp_path, tensorboard=True)
+    observer.histograms(7, {"weights/a": histogram_of(torch.tensor([-1.0, 0.5, 0.5])), "weights/b": EMPTY})
+    run(observer, range(1, 11))
+    accumulator = board(tmp_path)
+    assert accumulator.Tags()["histograms"] == ["weights/a"]
+    (event,) = accumulator.Histograms("weights/a")
+    assert event.step == 7
+    filled = {
+        limit: count for limit, count in zip(event.histogram_value.bucket_limit, event.histogram_value.bucket) if count
+    }
+    assert filled == {-1.0: 1, 0.5: 2}
+    assert event.histogram_value.sum == 0.0
 
 
 def test_ranks_above_0_leave_no_trace(tmp_path):

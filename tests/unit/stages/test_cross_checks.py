@@ -29,14 +29,18 @@ class Control:
 
 
 def checks(control, *, zero_stage=1, every=10, window=2):
-    events = []
+    events, figures = [], []
     config = SimpleNamespace(
         consistency=ConsistencyConfig(check_every=every),
         stragglers=StragglerConfig(every_steps=window, windows=1),
         engine=SimpleNamespace(zero_stage=zero_stage),
     )
-    monitor = SimpleNamespace(event=lambda name, **fields: events.append((name, fields)))
+    monitor = SimpleNamespace(
+        event=lambda name, **fields: events.append((name, fields)),
+        ranks=lambda step, found: figures.append((step, found)),
+    )
     found = CrossChecks(config, control, weights=lambda: [torch.ones(8)], monitor=monitor, hosts=["a", "b", "c"])
+    found.figures = figures
     return found, events
 
 
@@ -90,6 +94,15 @@ def test_the_slow_rank_and_its_part_are_told(slow, cause):
         found.on_step(RunState(), report(step))
     name, fields = events[0]
     assert (name, fields["rank"], fields["host"], fields["cause"]) == ("straggler", 2, "c", cause)
+
+
+def test_how_evenly_the_ranks_work_is_told_after_every_window():
+    control = Control(lambda parts: {**parts, "compute": 0.8, "communication": 0.0})
+    found, _ = checks(control, every=None)
+    for step in range(1, 6):
+        found.on_step(RunState(), report(step))
+    assert [step for step, _ in found.figures] == [2, 4]
+    assert (found.figures[0][1]["slowest"], found.figures[0][1]["work_over_median"]) == (2.0, pytest.approx(2.0))
 
 
 def test_ranks_with_another_configuration_data_or_code_do_not_start(monkeypatch):

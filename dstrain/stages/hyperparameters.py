@@ -1,0 +1,59 @@
+"""The settings that people vary and compare runs by, out of a run's whole configuration. Chooses; measures nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dstrain.monitor.hparams import Setting
+from dstrain.stages.assembly import AnyConfig, Assembly, Site
+
+NUMBERS = (
+    "seed",
+    "train.global_batch",
+    "train.micro_batch",
+    "optimizer.learning_rate",
+    "optimizer.weight_decay",
+    "optimizer.clip_norm",
+    "schedule.warmup_steps",
+    "objective.mask_rate",
+    "data.sequence_length",
+    "task.max_length",
+    "engine.zero_stage",
+)
+TEXTS = ("optimizer.betas", "schedule.kind", "model.init_from", "run_folder")
+"""Of both stages; a test holds every path to the configuration of at least one."""
+
+
+def hyperparameters(config: AnyConfig, site: Site, parts: Assembly, *, num_parameters: int) -> list[Setting]:
+    """Every column of TensorBoard's table, in order, whatever the stage; empty where a stage has no such setting.
+
+    Args:
+        config: of the run.
+        site: where it runs.
+        parts: of its stage.
+        num_parameters: of the model.
+    """
+    model_type = config.model.config.get("model_type")
+    return [
+        Setting("stage", parts.stage, is_number=False),
+        Setting("model", None if model_type is None else str(model_type), is_number=False),
+        Setting("parameters, M", num_parameters / 1e6, is_number=True),
+        Setting("steps", parts.max_steps, is_number=True),
+        Setting("ranks", site.world.size, is_number=True),
+        Setting("precision", site.precision, is_number=False),
+        *(Setting(path, _value(config, path), is_number=True) for path in NUMBERS),
+        *(Setting(path, _text(_value(config, path)), is_number=False) for path in TEXTS),
+    ]
+
+
+def _value(config: Any, path: str) -> Any:
+    """What stands at a path, or None where a part of it is missing."""
+    for name in path.split("."):
+        config = getattr(config, name, None)
+    return config
+
+
+def _text(value: Any) -> str | None:
+    if isinstance(value, tuple):
+        return ", ".join(str(item) for item in value)
+    return None if value is None else str(value)
