@@ -34,6 +34,7 @@ TESTED_ELSEWHERE = {
     "foreign/importers_energon.py": "with the other importers, in tests/unit/foreign/test_importers.py",
     "foreign/importers_wids.py": "with the other importers, in tests/unit/foreign/test_importers.py",
     "foreign/publish.py": "what indexing leaves, in tests/unit/foreign/test_index.py",
+    "optim/adamw.py": "torch's own step behind the gate and the guard of tests/unit/optim/test_gates.py",
     "models/encoders.py": "what runs, against plain transformers, in tests/unit/models/test_huggingface.py",
     "monitor/config.py": "settings without logic: tests/test_house.py builds every preset",
     "train/loop_config.py": "settings without logic: tests/test_house.py builds every preset",

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from dstrain.base.errors import MachineError
-from dstrain.checkpoint.manifest import MASTER, MOMENTS, Fragment
+from dstrain.checkpoint.manifest import MASTER, Fragment
 
 
 class EngineState:
-    """The fragments of one DeepSpeed engine with dstrain's AdamW."""
+    """The fragments of one DeepSpeed engine with one of dstrain's optimizers."""
 
     def __init__(self, engine: Any, *, prefix: str) -> None:
         """Look at an engine; creates the moments, at zero, where DeepSpeed would only create them at the first step.
@@ -45,6 +45,32 @@ class EngineState:
     def shapes(self) -> dict[str, list[int]]:
         """Shape of every trained parameter."""
         return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items()}
+
+    @property
+    def moments(self) -> dict[str, tuple[str, ...]]:
+        """Names of the optimizer's state tensors of every trained parameter; the same on every rank."""
+        of = {p: tuple(group["moments"]) for parameters, group in self._grouped() for p in parameters}
+        return {name: of[p] for name, p in self._parameters.items()}
+
+    def tensors(self) -> list[tuple[Tensor, tuple[str, ...]]]:
+        """The optimizer's own tensors (partitions, or at stage 0 parameters) and the names of their moments.
+
+        As many on every rank, in the same order.
+        """
+        groups = self._inner.param_groups
+        if self._stage == 3:
+            flat = enumerate(self._outer.fp32_partitioned_groups_flat)
+            return [(t, tuple(groups[self._outer.sub_group_to_group_id[i]]["moments"])) for i, t in flat]
+        return [(t, tuple(group["moments"])) for group in groups for t in group["params"]]
+
+    def places(self) -> Iterator[tuple[str, int, Tensor, int, int]]:
+        """(name, offset in the parameter, optimizer's tensor, start in it, elements) of the masters this rank holds."""
+        owners = {t.untyped_storage().data_ptr(): t for t, _ in self.tensors()}
+        for fragment in self.held():
+            if fragment.state == MASTER:
+                tensor = owners[fragment.tensor.untyped_storage().data_ptr()]
+                start = int(fragment.tensor.storage_offset() - tensor.storage_offset())
+                yield fragment.name, fragment.offset, tensor, start, fragment.tensor.numel()
 
     def held(self) -> Iterator[Fragment]:
         """All this rank holds and must fill when loading."""
@@ -92,11 +118,11 @@ class EngineState:
         self.refresh()
 
     def optimizer_step(self) -> int:
-        """How many times Adam has stepped; the same for every parameter."""
+        """How many times the optimizer has stepped; the same for every parameter."""
         return max((int(state["step"]) for state in self._inner.state.values() if "step" in state), default=0)
 
     def set_optimizer_step(self, step: int) -> None:
-        """Write Adam's step counter (bias correction depends on it)."""
+        """Write the optimizer's step counter (bias correction depends on it)."""
         for state in self._inner.state.values():
             if "step" in state:
                 state["step"].fill_(float(step))
@@ -119,32 +145,46 @@ class EngineState:
         masters = self._stage_0_masters()
         for name, parameter in self._parameters.items():
             master = masters[parameter]
-            yield Fragment(name, MASTER, 0, master.detach().view(-1))
-            for state in MOMENTS:
-                yield Fragment(name, state, 0, self._inner.state[master][state].detach().view(-1))
+            yield from self._fragments(name, 0, master, 0, master.numel())
 
     def _mapped(self) -> Iterator[Fragment]:
         for name, parameter in self._parameters.items():
             mapping = parameter._hp_mapping
             if mapping is None:
                 continue
+            tensor, place = (
+                self._inner.param_groups[mapping.param_group_index]["params"][0],
+                mapping.hp_fragment_address,
+            )
             start = int(mapping.lp_fragment_address.start)
-            yield Fragment(name, MASTER, start, mapping.hp_fragment.detach())
-            for state in MOMENTS:
-                yield Fragment(name, state, start, mapping.get_optim_state_fragment(state).detach())
+            yield from self._fragments(name, start, tensor, int(place.start), int(place.numel))
 
     def _stage_3(self) -> Iterator[Fragment]:
         rank = torch.distributed.get_rank()
         for name, parameter in self._parameters.items():
-            master = deepspeed.utils.safe_get_local_fp32_param(parameter)
-            start = rank * master.numel()
-            count = min(master.numel(), int(parameter.ds_numel) - start)  # the last partition ends in padding
-            if count <= 0:
-                continue
-            yield Fragment(name, MASTER, start, master.detach()[:count])
-            for state in MOMENTS:
-                moment = deepspeed.utils.safe_get_local_optimizer_state(parameter, state)
-                yield Fragment(name, state, start, moment.detach()[:count])
+            number, at, size = self._outer.grad_position[self._outer.get_param_id(parameter)]
+            start = rank * size
+            count = min(size, int(parameter.ds_numel) - start)  # the last partition ends in padding
+            if count > 0:
+                yield from self._fragments(name, start, self._outer.fp32_partitioned_groups_flat[number], at, count)
+
+    def _fragments(self, name: str, offset: int, tensor: Tensor, start: int, numel: int) -> Iterator[Fragment]:
+        """The master and the moments of a range of one of the optimizer's tensors."""
+        state = self._inner.state[tensor]
+        moments = [(key, value) for key, value in state.items() if key != "step"]
+        for key, value in [(MASTER, tensor), *moments]:
+            yield Fragment(name, key, offset, value.detach().view(-1)[start : start + numel])
+
+    def _grouped(self) -> list[tuple[list[nn.Parameter], dict[str, Any]]]:
+        """The model's own parameters, by optimizer group."""
+        groups = self._inner.param_groups
+        if self._stage == 3:
+            numbers = self._outer.sub_group_to_group_id
+            return [(list(some), groups[numbers[i]]) for i, some in enumerate(self._outer.fp16_groups)]
+        for name in ("bit16_groups", "bf16_groups", "fp16_groups"):
+            if hasattr(self._outer, name):
+                return list(zip(getattr(self._outer, name), groups))
+        return [(group["params"], group) for group in groups]
 
     def _stage_0_masters(self) -> dict[nn.Parameter, Tensor]:
         groups, masters = self._unfused_groups()
@@ -157,23 +197,12 @@ class EngineState:
         return getattr(self._outer, "fp16_groups", []), getattr(self._outer, "fp32_groups", [])
 
     def _create_moments(self) -> None:
-        if self._stage == 3:
-            flat = list(self._outer.fp32_partitioned_groups_flat)
-        elif self._stage == 0:
-            flat = list(self._stage_0_masters().values())
-        else:
-            flat = [p for group in self._inner.param_groups for p in group["params"]]
-        for tensor in flat:
-            state = self._inner.state[tensor]
-            if "exp_avg" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
-                state["exp_avg"] = torch.zeros_like(tensor, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(tensor, memory_format=torch.preserve_format)
+        for tensor, moments in self.tensors():
+            state = self._inner.create_state(tensor, moments)
             if self._stage == 0:
                 # DeepSpeed's unfused wrapper takes a real first step on zero gradients when it is built; undo its count.
-                state["step"].zero_()
-                state["exp_avg"].zero_()
-                state["exp_avg_sq"].zero_()
+                for value in state.values():
+                    value.zero_()
         if self._stage in (1, 2):
             self._outer._lazy_init_hp_params_optimizer_state()
 
@@ -182,8 +211,8 @@ class EngineState:
             1: ("update_lp_params", "_lazy_init_hp_params_optimizer_state"),
             2: ("update_lp_params", "_lazy_init_hp_params_optimizer_state"),
             3: (
-                "fp32_partitioned_groups_flat", "get_local_fp32_param", "checkpoint_event_prologue",
-                "checkpoint_event_epilogue", "_reassign_or_swap_out_partitioned_parameters",
+                "fp32_partitioned_groups_flat", "sub_group_to_group_id", "grad_position", "get_param_id", "fp16_groups",
+                "checkpoint_event_prologue", "checkpoint_event_epilogue", "_reassign_or_swap_out_partitioned_parameters",
             ),
         }  # fmt: skip
         missing = [name for name in needs.get(self._stage, ()) if not hasattr(self._outer, name)]

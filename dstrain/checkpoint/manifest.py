@@ -40,7 +40,7 @@ class Fragment:
     name: str
     """Parameter name as the Hugging Face model knows it."""
     state: str
-    """fp32, exp_avg or exp_avg_sq."""
+    """fp32, or the name of an optimizer's state tensor: exp_avg, exp_avg_sq, momentum_buffer."""
     offset: int
     """First element inside the flattened parameter."""
     tensor: Tensor
@@ -90,7 +90,7 @@ class CheckpointManifest(Config):
     loader: dict[str, Any]
     """What pins the data order."""
     optimizer: dict[str, Any]
-    """Adam's step counter and the loss scaler."""
+    """The optimizer's step counter and the loss scaler."""
     extra: dict[str, Any] = Field(default_factory=dict)
     """What the stage adds, e.g. a task's labels."""
     environment: dict[str, str] = Field(default_factory=dict)
@@ -100,7 +100,9 @@ class CheckpointManifest(Config):
     read_back: bool = False
     """Whether every other file was read from the disk again and hashed before this one was written."""
     states: tuple[str, ...]
-    """Which state tensors each parameter has."""
+    """Which state tensors each parameter has, unless `parameter_states` says otherwise."""
+    parameter_states: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Of parameters with other state tensors, e.g. Muon's matrices; empty in checkpoints written before there were any."""
     files: dict[str, FileEntry]
     """Every file but this one."""
 
@@ -129,6 +131,12 @@ def fragment_key(name: str, state: str, offset: int) -> str:
 def model_fingerprint(parameters: Mapping[str, list[int]]) -> str:
     """Hash of parameter names and shapes: two models with the same one can exchange checkpoints."""
     return hashlib.sha256(json.dumps(sorted(parameters.items())).encode()).hexdigest()
+
+
+def stored_states(moments: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """`states` and `parameter_states` of a manifest, for the optimizer's state tensors of each parameter."""
+    others = {name: (MASTER, *some) for name, some in moments.items() if some != MOMENTS}
+    return {"states": STATES, "parameter_states": others}
 
 
 def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,7 +204,7 @@ def check_coverage(manifest: CheckpointManifest, path: Path | str) -> None:
         ):  # sizes are compared with the disk, so nobody allocates what a hostile file claims
             raise CheckpointError(f"{path}: {file}: {claimed} bytes of fragments in {entry.size_bytes} bytes")
     for name, shape in manifest.parameters.items():
-        for state in manifest.states:
+        for state in manifest.parameter_states.get(name, manifest.states):
             at = 0
             for begin, end in sorted(spans.pop((name, state), [])):
                 if begin != at or end < begin:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +114,22 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{self.folder}: from another model: {name} is {there} in the checkpoint and {here} in this run; "
                     "use the model section of its config.yaml, or another run_folder"
+                )
+
+    def check_optimizer(self, moments: Mapping[str, tuple[str, ...]], *, kind: str) -> None:
+        """Raise CheckpointError unless it has the optimizer state that a run of this kind needs.
+
+        Args:
+            moments: names of the state tensors of each parameter.
+            kind: optimizer.kind of the run.
+        """
+        manifest = self.manifest
+        for name, wanted in moments.items():
+            stored = manifest.parameter_states.get(name, manifest.states)
+            if missing := [state for state in wanted if state not in stored]:
+                raise CheckpointError(
+                    f"{self.folder}: optimizer.kind: {kind} needs {missing[0]} of {name}, this checkpoint has "
+                    f"{', '.join(stored)}: resume with the optimizer that wrote it, or begin a new run_folder with model.init_from"
                 )
 
     def _check_size(self, name: str, size_bytes: int) -> None:

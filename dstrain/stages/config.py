@@ -16,7 +16,7 @@ from dstrain.health.watchdog import WatchdogConfig
 from dstrain.models.config import ModelConfig
 from dstrain.monitor.config import MonitorConfig
 from dstrain.objectives.mlm import MlmConfig
-from dstrain.optim.adamw import OptimizerConfig
+from dstrain.optim.config import OptimizerConfig
 from dstrain.optim.schedule import ScheduleConfig
 from dstrain.tasks.spec import TaskConfig
 from dstrain.train.ds_config import EngineConfig, RawDeepSpeed
@@ -53,7 +53,7 @@ class RunConfig(Config):
     model: ModelConfig
     """The network."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """AdamW."""
+    """How gradients become updates."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Learning rate over time."""
     engine: EngineConfig = EngineConfig()

@@ -9,13 +9,12 @@ import torch
 from dstrain.base.errors import ConfigError
 from dstrain.base.peer_loss import peer_loss_named
 from dstrain.base.world import World
-from dstrain.checkpoint.fragments import EngineState
 from dstrain.checkpoint.manifest import MASTER
 from dstrain.stages import finetune, pretrain
 from dstrain.stages.assembly import open_site
 from dstrain.stages.config import FinetuneConfig, PretrainConfig
 from dstrain.stages.initial import best_checkpoint
-from dstrain.train.engine import PARAMETER_PREFIX, Engine
+from dstrain.train.engine import Engine
 
 
 def evaluate(
@@ -49,7 +48,7 @@ def evaluate(
             device=site.device, precision=site.precision, micro_batch=config.train.micro_batch,
             accumulation=parts.accumulation, seed=config.seed, raw=config.deepspeed.values(),
         )  # fmt: skip
-        fragments = EngineState(engine.engine, prefix=PARAMETER_PREFIX)
+        fragments = engine.fragments
         with torch.no_grad():
             site.control.together(lambda: checkpoint.load_into(f for f in fragments.held() if f.state == MASTER))
         fragments.refresh()

@@ -20,7 +20,7 @@ NUMBERS = (
     "task.max_length",
     "engine.zero_stage",
 )
-TEXTS = ("optimizer.betas", "schedule.kind", "model.init_from", "run_folder")
+TEXTS = ("optimizer.kind", "optimizer.betas", "schedule.kind", "model.init_from", "run_folder")
 """Of both stages; a test holds every path to the configuration of at least one."""
 
 

@@ -23,9 +23,8 @@ from dstrain.base.logs import get_logger
 from dstrain.base.protocols import Interrupted, Observer, RunState, ShouldLeave, StepFlags
 from dstrain.base.secrets import redacted
 from dstrain.base.storage import make_directory, write_json, write_text
-from dstrain.checkpoint.fragments import EngineState
 from dstrain.checkpoint.layout import published_steps, step_folder
-from dstrain.checkpoint.manifest import STATES, model_fingerprint
+from dstrain.checkpoint.manifest import model_fingerprint, stored_states
 from dstrain.checkpoint.reader import Checkpoint
 from dstrain.data.prefetch import Prefetcher
 from dstrain.health.guards import Guards, Verdict
@@ -40,7 +39,7 @@ from dstrain.stages.hyperparameters import hyperparameters
 from dstrain.stages.oversight import Oversight
 from dstrain.stages.roll_back import Window, go_back, read_windows, windows_missing
 from dstrain.stages.saving import Contents, Saving
-from dstrain.train.engine import PARAMETER_PREFIX, Engine
+from dstrain.train.engine import Engine
 from dstrain.train.histograms import Histograms
 from dstrain.train.loop import Boundary, Ending, train
 
@@ -235,7 +234,7 @@ class Run:
             device=self.site.device, precision=self.site.precision, micro_batch=config.train.micro_batch,
             accumulation=parts.accumulation, seed=config.seed, raw=config.deepspeed.values(),
         )  # fmt: skip
-        self.fragments = EngineState(self.engine.engine, prefix=PARAMETER_PREFIX)
+        self.fragments = self.engine.fragments
         if self.resumed_from is None and self.site.precision != "fp32":
             self.fragments.fill_masters(initial)
         if self.site.world.is_first:
@@ -254,8 +253,12 @@ class Run:
             )
 
     def _load(self, checkpoint: Checkpoint) -> None:
+        def fill() -> None:
+            checkpoint.check_optimizer(self.fragments.moments, kind=self.config.optimizer.kind)
+            checkpoint.load_into(self.fragments.held())
+
         with torch.no_grad():
-            self.site.control.together(lambda: checkpoint.load_into(self.fragments.held()))
+            self.site.control.together(fill)
         self.fragments.refresh()
         self.fragments.set_optimizer_step(int(checkpoint.manifest.optimizer["step"]))
         self.fragments.set_loss_scale(checkpoint.manifest.optimizer.get("loss_scale"))
@@ -440,7 +443,7 @@ class Run:
             "extra": dict(self.parts.extra),
             "health": {"guards": self.guards.state_dict()},
             "environment": package_versions(),
-            "states": STATES,
+            **stored_states(self.fragments.moments),
         }
 
     def _finish(self, finish: Callable[[Engine, ShouldLeave], None]) -> None:

@@ -31,7 +31,11 @@ from dstrain.base.protocols import Interrupted, LossParts, MicroBatch, Objective
 from dstrain.base.rendezvous import loopback_store
 from dstrain.base.seeds import derive
 from dstrain.base.world import World
-from dstrain.optim.adamw import GatedAdamW, OptimizerConfig, build_adamw, parameter_groups
+from dstrain.checkpoint.fragments import EngineState
+from dstrain.optim.build import OPTIMIZERS, build_optimizer
+from dstrain.optim.config import OptimizerConfig
+from dstrain.optim.fragment_optimizer import bind_if_needed
+from dstrain.optim.groups import parameter_groups
 from dstrain.train.agreement import Agreed, AnyData, agree
 from dstrain.train.ds_config import EngineConfig, deepspeed_config, warnings_for
 from dstrain.train.memory import memory_faults_named
@@ -147,8 +151,7 @@ class Engine:
     ) -> None:  # fmt: skip
         """Collective. Build the engine around a model in fp32.
 
-        In half precision DeepSpeed starts its fp32 masters from rounded weights; `checkpoint.fragments.EngineState` writes
-        the exact ones into them.
+        In half precision DeepSpeed starts its fp32 masters from rounded weights; `fragments` writes the exact ones into them.
 
         Args:
             model: a MaskedLanguageModel or SequenceClassifier in fp32.
@@ -173,15 +176,17 @@ class Engine:
                 _LOG.warning("%s", warning)
         module = TrainedModule(model, objective)
         guarded = config.zero_stage == 0 and precision == "fp32"
-        groups = parameter_groups(module.named_parameters(), weight_decay=optimizer.weight_decay)
-        client = build_adamw(optimizer, groups, guarded=guarded)
+        client = build_optimizer(optimizer, parameter_groups(module, optimizer), guarded=guarded)
+        _refuse_offload(optimizer, self.ds_config)
         _skip_memory_reports()
-        _admit_gated_adamw()
+        _admit_own_optimizers()
         try:
             self.engine, _, _, _ = deepspeed.initialize(model=module, optimizer=client, config=self.ds_config)
         except (deepspeed.runtime.config.DeepSpeedConfigError, ValidationError) as error:
             raise ConfigError(f"deepspeed: refused by DeepSpeed {deepspeed.__version__}: {error}") from None
         self._micro_batch, self._loss_scale, self._left_out = micro_batch, 1.0, False
+        self.fragments = EngineState(self.engine, prefix=PARAMETER_PREFIX)
+        bind_if_needed(client, self.fragments, control, replicated=config.zero_stage == 0)
         self._gate = StepGate(self._gradient_norm)
         client.gate = self._gate
         self._client = client
@@ -227,7 +232,7 @@ class Engine:
         assert isinstance(data, StepData)  # agree has raised anything else
         self._accumulate(len(data.micro_batches))
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_factor", 1.0)
         with memory_faults_named(micro_batch=self._micro_batch, device=self.device, step=step):
             loss, accuracy, forward_s = self._forward_backward(data, counts, step=step)
             backward_done = time.perf_counter()
@@ -353,11 +358,19 @@ class Engine:
             self.engine.optimizer.gradient_accumulation_steps = num_micro
 
 
-def _admit_gated_adamw() -> None:
-    """Tell DeepSpeed that the gated AdamW is torch's AdamW, which it looks up by exact type (0.19.8, zero/utils.py)."""
+def _admit_own_optimizers() -> None:
+    """Tell DeepSpeed that dstrain's optimizers are right on partitions; it looks them up by exact type (0.19.8, zero/utils.py)."""
     known = importlib.import_module("deepspeed.runtime.zero.utils").ZERO_SUPPORTED_OPTIMIZERS
-    if GatedAdamW not in known:
-        known.append(GatedAdamW)
+    known += [kind for kind in OPTIMIZERS if kind not in known]
+
+
+def _refuse_offload(optimizer: OptimizerConfig, ds_config: Mapping[str, Any]) -> None:
+    """Only AdamW is element-wise, and so indifferent to partitions that lie on the host."""
+    if optimizer.kind != "adamw" and ds_config["zero_optimization"].get("offload_optimizer"):
+        raise ConfigError(
+            f"optimizer.kind: {optimizer.kind} does not go with deepspeed.zero_optimization.offload_optimizer: "
+            "use kind: adamw, or leave offloading out"
+        )
 
 
 def _skip_memory_reports() -> None:

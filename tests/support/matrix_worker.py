@@ -25,7 +25,7 @@ from dstrain.checkpoint.writer import CheckpointConfig, CheckpointWriter
 from dstrain.models.config import ModelConfig
 from dstrain.models.huggingface import architecture_of, build_masked_lm
 from dstrain.objectives.mlm import MlmObjective
-from dstrain.optim.adamw import OptimizerConfig
+from dstrain.optim.config import OptimizerConfig
 from dstrain.train.ds_config import EngineConfig
 from dstrain.train.engine import PARAMETER_PREFIX, Engine, start_processes, stop_processes
 

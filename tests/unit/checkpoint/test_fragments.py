@@ -10,7 +10,7 @@ from dstrain.base.errors import MachineError
 from dstrain.checkpoint.fragments import EngineState
 from dstrain.checkpoint.manifest import MASTER, MOMENTS
 from dstrain.objectives.mlm import MlmObjective
-from dstrain.optim.adamw import OptimizerConfig
+from dstrain.optim.config import OptimizerConfig
 from dstrain.train.ds_config import EngineConfig
 from dstrain.train.engine import PARAMETER_PREFIX, Engine
 from tests.support.tiny_models import documents, packed, step_data, tiny_model

@@ -18,6 +18,7 @@ from dstrain.checkpoint.manifest import (
     model_fingerprint,
     read_manifest,
     sealed,
+    stored_states,
     write_manifest,
 )
 from tests.support.tiny_checkpoints import manifest_of
@@ -182,3 +183,21 @@ def test_the_fingerprint_depends_on_names_and_shapes_not_on_their_order() -> Non
     one = model_fingerprint({"a": [2, 3], "b": [4]})
     assert one == model_fingerprint({"b": [4], "a": [2, 3]})
     assert len({one, model_fingerprint({"a": [3, 2], "b": [4]}), model_fingerprint({"a": [2, 3], "c": [4]})}) == 3
+
+
+def test_parameters_may_have_states_of_their_own_and_those_are_vouched_for_too(tmp_path: Path) -> None:
+    stored = stored_states({"w": ("momentum_buffer",), "v": ("exp_avg", "exp_avg_sq")})
+    assert stored["parameter_states"] == {"w": ("fp32", "momentum_buffer")}
+    fragments = [[name, state, 0, 6] for name, state in (
+        ("w", "fp32"), ("w", "momentum_buffer"), ("v", "fp32"), ("v", "exp_avg"), ("v", "exp_avg_sq"),
+    )]  # fmt: skip
+    changes: dict[str, Any] = {"parameters": {"w": [2, 3], "v": [6]}, **stored}
+
+    def files(some: list[Any]) -> dict[str, Any]:
+        return {"rank-00000-of-00001.safetensors": {"size_bytes": 1 << 10, "sha256": DIGEST, "fragments": some}}
+
+    assert read_manifest(written(tmp_path, files=files(fragments), **changes)).step == 1
+    with pytest.raises(CheckpointError, match="w momentum_buffer: 0 of 6"):
+        read_manifest(written(tmp_path, files=files([f for f in fragments if f[1] != "momentum_buffer"]), **changes))
+    with pytest.raises(CheckpointError, match=r"unknown parameter: .*exp_avg"):
+        read_manifest(written(tmp_path, files=files([*fragments, ["w", "exp_avg", 0, 6]]), **changes))

@@ -71,6 +71,15 @@ def test_any_range_is_read_from_any_split(
     assert bits(wanted.tensor) == bits(truth[begin:end])
 
 
+def test_a_run_whose_optimizer_needs_other_state_is_told_what_to_do(whole: Path) -> None:
+    checkpoint = Checkpoint(whole / "step-00000004")
+    checkpoint.check_optimizer({"encoder.bias": MOMENTS}, kind="lamb")
+    with pytest.raises(
+        CheckpointError, match=r"kind: muon needs momentum_buffer of encoder\.bias, .*exp_avg_sq: resume with"
+    ):
+        checkpoint.check_optimizer({"encoder.bias": ("momentum_buffer",)}, kind="muon")
+
+
 def test_a_range_outside_the_checkpoint_is_refused(whole: Path) -> None:
     checkpoint = Checkpoint(whole / "step-00000004")
     for fragment in (Fragment("encoder.bias", "fp32", 3, torch.zeros(4)), Fragment("ghost", "fp32", 0, torch.zeros(1))):

@@ -29,7 +29,7 @@ from dstrain.models.huggingface import (
     save_folder,
 )
 from dstrain.objectives.mlm import MlmObjective
-from dstrain.optim.adamw import OptimizerConfig
+from dstrain.optim.config import OptimizerConfig
 from dstrain.train.ds_config import EngineConfig
 from dstrain.train.engine import Engine
 from tests.support.tiny_models import (

@@ -15,7 +15,7 @@ from dstrain.base.protocols import IGNORED_LABEL, Interrupted, LossParts, MicroB
 from dstrain.checkpoint.fragments import EngineState
 from dstrain.health.guards import GuardConfig, Guards
 from dstrain.objectives.mlm import MlmObjective
-from dstrain.optim.adamw import OptimizerConfig
+from dstrain.optim.config import OptimizerConfig
 from dstrain.train.ds_config import EngineConfig
 from dstrain.train.engine import PARAMETER_PREFIX, Engine, TrainedModule
 from tests.support.tiny_models import documents, packed, step_data, tiny_model

@@ -13,7 +13,7 @@ from dstrain.base.protocols import RunState, StepReport
 from dstrain.checkpoint.fragments import EngineState
 from dstrain.monitor.histogram import Histogram, histogram_of
 from dstrain.objectives.mlm import MlmObjective
-from dstrain.optim.adamw import OptimizerConfig
+from dstrain.optim.config import OptimizerConfig
 from dstrain.train.ds_config import EngineConfig
 from dstrain.train.engine import PARAMETER_PREFIX, Engine
 from dstrain.train.histograms import Histograms

@@ -1,3 +1,5 @@
+"""Gate and guard of every optimizer: an update that is left out leaves every byte as it was."""
+
 import copy
 import math
 
@@ -5,7 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from dstrain.optim.adamw import GuardedAdamW, OptimizerConfig, build_adamw, parameter_groups
+from dstrain.optim.build import build_optimizer
+from dstrain.optim.config import OptimizerConfig
+from dstrain.optim.fragment_optimizer import FragmentOptimizer
+from dstrain.optim.groups import parameter_groups
+from tests.support.layouts import layout_of_model
+
+KINDS = pytest.mark.parametrize("kind", ["adamw", "stable_adamw", "lamb", "muon"])
 
 
 def tiny_model():
@@ -15,8 +23,9 @@ def tiny_model():
 
 def optimizer_for(model, *, guarded, **settings):
     config = OptimizerConfig(**settings)
-    groups = parameter_groups(model.named_parameters(), weight_decay=config.weight_decay)
-    optimizer = build_adamw(config, groups, guarded=guarded)
+    optimizer = build_optimizer(config, parameter_groups(model, config), guarded=guarded)
+    if isinstance(optimizer, FragmentOptimizer):
+        optimizer.bind(layout_of_model(model))
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate
     return optimizer
@@ -42,38 +51,6 @@ def bitwise_equal(one, other):
     )
 
 
-# --- groups --------------------------------------------------------------------------------------------------------
-
-
-def test_matrices_and_embeddings_decay_and_biases_and_norms_do_not():
-    model = tiny_model()
-    decayed, plain = parameter_groups(model.named_parameters(), weight_decay=0.1)
-    assert [id(p) for p in decayed["params"]] == [id(model[0].weight), id(model[2].weight)]
-    assert [id(p) for p in plain["params"]] == [id(p) for p in (model[1].weight, model[1].bias, model[2].bias)]
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
-
-
-def test_frozen_parameters_are_in_no_group_and_empty_groups_are_left_out():
-    model = tiny_model()
-    model[0].weight.requires_grad_(False)
-    model[2].weight.requires_grad_(False)
-    [plain] = parameter_groups(model.named_parameters(), weight_decay=0.1)
-    assert plain["weight_decay"] == 0.0
-    assert len(plain["params"]) == 3
-
-
-def test_the_configuration_reaches_the_optimizer_with_a_rate_of_zero():
-    config = OptimizerConfig(betas=(0.8, 0.9), eps=1e-3, weight_decay=0.3)
-    for guarded in (True, False):
-        groups = parameter_groups(tiny_model().named_parameters(), weight_decay=config.weight_decay)
-        optimizer = build_adamw(config, groups, guarded=guarded)
-        assert isinstance(optimizer, GuardedAdamW) is guarded
-        assert {group["lr"] for group in optimizer.param_groups} == {0.0}
-        assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.9)}
-        assert {group["eps"] for group in optimizer.param_groups} == {1e-3}
-        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
-
-
 # --- the guarded form ----------------------------------------------------------------------------------------------
 
 
@@ -93,12 +70,13 @@ def test_guarded_steps_are_torchs_own_after_clip_grad_norm(clip_norm, scale):
     assert bitwise_equal(snapshot(one, guarded), snapshot(other, reference))
 
 
+@KINDS
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [0, -1])
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
-def test_a_gradient_that_is_not_finite_touches_nothing_and_is_reported(bad, place, clip_norm):
+def test_a_gradient_that_is_not_finite_touches_nothing_and_is_reported(kind, bad, place, clip_norm):
     model = tiny_model()
-    optimizer = optimizer_for(model, guarded=True, clip_norm=clip_norm)
+    optimizer = optimizer_for(model, guarded=True, clip_norm=clip_norm, kind=kind)
     set_gradients(model)
     optimizer.step()
     before = snapshot(model, optimizer)
@@ -121,9 +99,10 @@ def test_gradients_too_large_for_their_norm_are_an_overflow_too():
     assert bitwise_equal([p.detach() for p in model.parameters()], before)
 
 
-def test_training_goes_on_after_a_skipped_step_as_if_it_had_not_been():
+@KINDS
+def test_training_goes_on_after_a_skipped_step_as_if_it_had_not_been(kind):
     one, other = tiny_model(), tiny_model()
-    skipping, straight = (optimizer_for(model, guarded=True) for model in (one, other))
+    skipping, straight = (optimizer_for(model, guarded=True, kind=kind) for model in (one, other))
     for seed in (0, 1, 2):
         if seed == 1:
             set_gradients(one, scale=math.nan)
@@ -159,10 +138,11 @@ def test_the_state_is_that_of_plain_adamw():
 # --- the gate ------------------------------------------------------------------------------------------------------
 
 
+@KINDS
 @pytest.mark.parametrize("guarded", [True, False])
-def test_a_closed_gate_touches_nothing_and_an_open_one_steps_as_without(guarded):
+def test_a_closed_gate_touches_nothing_and_an_open_one_steps_as_without(kind, guarded):
     model = tiny_model()
-    optimizer = optimizer_for(model, guarded=guarded)
+    optimizer = optimizer_for(model, guarded=guarded, kind=kind)
     set_gradients(model)
     optimizer.step()
     before = snapshot(model, optimizer)
@@ -172,7 +152,7 @@ def test_a_closed_gate_touches_nothing_and_an_open_one_steps_as_without(guarded)
     assert bitwise_equal(snapshot(model, optimizer), before)
 
     other = copy.deepcopy(model)
-    free = optimizer_for(other, guarded=guarded)
+    free = optimizer_for(other, guarded=guarded, kind=kind)
     free.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     optimizer.gate = lambda: True
     for some, its in ((model, optimizer), (other, free)):
