@@ -38,6 +38,9 @@ class EngineState:
         }
         self._outer = engine.optimizer
         self._inner = engine.basic_optimizer
+        self._groups = list(
+            self._inner.param_groups
+        )  # DeepSpeed shows its optimizer one of them at a time while it steps
         self._check_internals()
         self._create_moments()
 
@@ -57,11 +60,10 @@ class EngineState:
 
         As many on every rank, in the same order.
         """
-        groups = self._inner.param_groups
         if self._stage == 3:
             flat = enumerate(self._outer.fp32_partitioned_groups_flat)
-            return [(t, tuple(groups[self._outer.sub_group_to_group_id[i]]["moments"])) for i, t in flat]
-        return [(t, tuple(group["moments"])) for group in groups for t in group["params"]]
+            return [(t, tuple(self._groups[self._outer.sub_group_to_group_id[i]]["moments"])) for i, t in flat]
+        return [(t, tuple(group["moments"])) for group in self._groups for t in group["params"]]
 
     def places(self) -> Iterator[tuple[str, int, Tensor, int, int]]:
         """(name, offset in the parameter, optimizer's tensor, start in it, elements) of the masters this rank holds."""
@@ -153,7 +155,7 @@ class EngineState:
             if mapping is None:
                 continue
             tensor, place = (
-                self._inner.param_groups[mapping.param_group_index]["params"][0],
+                self._groups[mapping.param_group_index]["params"][0],
                 mapping.hp_fragment_address,
             )
             start = int(mapping.lp_fragment_address.start)
@@ -177,14 +179,13 @@ class EngineState:
 
     def _grouped(self) -> list[tuple[list[nn.Parameter], dict[str, Any]]]:
         """The model's own parameters, by optimizer group."""
-        groups = self._inner.param_groups
         if self._stage == 3:
             numbers = self._outer.sub_group_to_group_id
-            return [(list(some), groups[numbers[i]]) for i, some in enumerate(self._outer.fp16_groups)]
+            return [(list(some), self._groups[numbers[i]]) for i, some in enumerate(self._outer.fp16_groups)]
         for name in ("bit16_groups", "bf16_groups", "fp16_groups"):
             if hasattr(self._outer, name):
-                return list(zip(getattr(self._outer, name), groups))
-        return [(group["params"], group) for group in groups]
+                return list(zip(getattr(self._outer, name), self._groups))
+        return [(group["params"], group) for group in self._groups]
 
     def _stage_0_masters(self) -> dict[nn.Parameter, Tensor]:
         groups, masters = self._unfused_groups()
