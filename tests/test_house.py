@@ -39,6 +39,8 @@ TESTED_ELSEWHERE = {
     "monitor/config.py": "settings without logic: tests/test_house.py builds every preset",
     "train/loop_config.py": "settings without logic: tests/test_house.py builds every preset",
     "cli/audit.py": "both commands on a real run, in tests/stages/test_audit.py",
+    "cli/launch_here.py": "through the command, in tests/unit/cli/test_launch.py and tests/golden/test_golden_launch.py",
+    "cli/launch_stages.py": "every stage's words, in tests/golden/test_golden_launch.py; faults in tests/unit/cli/test_launch.py",
     "cli/shards.py": "every subcommand, in tests/unit/cli/test_data_commands.py",
     "stages/assembly.py": "opened by every run of tests/stages/test_pipeline.py; equal weights in tests/golden/test_golden_losses.py",
     "stages/audit.py": "a sound run and every doctored copy of it, in tests/stages/test_audit.py",

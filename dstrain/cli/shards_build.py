@@ -40,9 +40,22 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_corpus_arguments(build)
-    build.add_argument("--tokenizer", required=True, type=Path, help="tokenizer folder")
-    build.add_argument("--out", required=True, type=Path, help="folder to write")
+    add_build_arguments(build)
+    build.add_argument("--dry-run", action="store_true", help="print the plan and the space it needs; write nothing")
+    _add_executor_arguments(build)
+    build.set_defaults(run=run_build)
+
+
+def add_build_arguments(build: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Register what decides the shards' bytes, and `--workers`, which does not.
+
+    Args:
+        build: of `shards build`, or of `launch shards`, which may take them from a file.
+        required: whether the input, tokenizer and output must be among the arguments.
+    """
+    add_corpus_arguments(build, required=required)
+    build.add_argument("--tokenizer", required=required, type=Path, help="tokenizer folder")
+    build.add_argument("--out", required=required, type=Path, help="folder to write")
     build.add_argument("--seed", type=int, default=0, help="seed of the global shuffle (default 0)")
     build.add_argument(
         "--validation-fraction", type=float, default=0.01, help="share of documents held out (default 0.01, 0 for none)"
@@ -57,19 +70,16 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     build.add_argument("--keep-duplicates", action="store_true", help="keep documents that are equal byte for byte")
     build.add_argument("--overwrite", action="store_true", help="replace shards built from something else")
-    build.add_argument("--dry-run", action="store_true", help="print the plan and the space it needs; write nothing")
-    _add_executor_arguments(build)
-    build.set_defaults(run=run_build)
-
-
-def _add_executor_arguments(build: argparse.ArgumentParser) -> None:
-    group = build.add_argument_group("who works (decides no byte of the output)")
-    group.add_argument(
+    build.add_argument(
         "--workers",
         type=int,
         default=1,
         help="processes on this machine, one core each (default 1: this process, which uses threads)",
     )
+
+
+def _add_executor_arguments(build: argparse.ArgumentParser) -> None:
+    group = build.add_argument_group("who works (decides no byte of the output)")
     group.add_argument(
         "--executor",
         choices=("local", "array", "ray"),

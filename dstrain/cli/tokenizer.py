@@ -65,12 +65,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     train.set_defaults(run=run_train)
 
 
-def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
+def add_corpus_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Register how text is read and filtered; `corpus_settings` and `filter_settings` take the values up."""
     text = parser.add_argument_group("input")
     text.add_argument(
         "--input",
-        required=True,
+        required=required,
         nargs="+",
         action="extend",
         metavar="FILE",

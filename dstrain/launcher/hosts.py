@@ -6,6 +6,7 @@ Asks no host anything: reachability is the business of the checks before the fir
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,11 @@ def without(hosts: Sequence[Host], bad: Iterable[str]) -> tuple[Host, ...]:
     """The hosts that are not named, in their order; `node1` and `node1.cluster` are one host, two full names are not."""
     names = list(bad)
     return tuple(host for host in hosts if not any(_same_host(host.name, name) for name in names))
+
+
+def is_this_machine(name: str) -> bool:
+    """Whether a host's name is this machine's."""
+    return _same_host(name, socket.gethostname())
 
 
 def _same_host(left: str, right: str) -> bool:

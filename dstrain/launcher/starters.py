@@ -16,6 +16,7 @@ from typing import Literal
 
 from dstrain.base.errors import ConfigError
 from dstrain.launcher.hosts import Host, check_host, num_processes
+from dstrain.launcher.rank_environment import MARKS
 
 Starter = Literal["python", "deepspeed", "torchrun", "srun"]
 STARTERS: tuple[Starter, ...] = ("python", "deepspeed", "torchrun", "srun")
@@ -29,9 +30,9 @@ ADDED = (TOKEN, "DS_ACCELERATOR", "MASTER_PORT")
 """All that a starter may add to the environment."""
 NOT_INHERITED = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE", "MASTER_ADDR",
-    "MASTER_PORT", TOKEN,
+    "MASTER_PORT", TOKEN, *MARKS,
 )  # fmt: skip
-"""Ranks of a surrounding job, which the new one must not mistake for its own."""
+"""Ranks of a surrounding job, and what they have noted about themselves, which the new one must not mistake for its own."""
 _NOT_INHERITED_BUT_BY_SRUN = ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_ID")
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")

@@ -7,7 +7,6 @@ lease, touches no tensor, and a run that is supervised is the same run.
 from __future__ import annotations
 
 import os
-import shlex
 import socket
 import time
 import uuid
@@ -51,6 +50,8 @@ class Job:
     layout: Layout
     seed: int = 0
     """Of the run."""
+    port: int | None = None
+    """TCP port of the rendezvous; None takes a free one at each start."""
 
     @property
     def trains(self) -> bool:
@@ -151,7 +152,7 @@ class Supervisor:
             hostfile = job.run_folder / LOGS / f"hosts-{number:04d}"
             write_text(hostfile, render_hostfile(standing.hosts))
         layout = job.layout.on(standing.hosts)
-        return self._build(layout, job.arguments, port=free_port(), hostfile=hostfile, folder=str(Path.cwd()),
+        return self._build(layout, job.arguments, port=job.port or free_port(), hostfile=hostfile, folder=str(Path.cwd()),
                            rank_logs=rank_logs)  # fmt: skip
 
     def _judge(self, end: AttemptEnd) -> Outcome:
@@ -213,12 +214,3 @@ class Supervisor:
 
     def _progress(self) -> Progress:
         return progress_of(self._job.run_folder) if self._job.trains else Progress(-1, 0, -1)
-
-
-def show_plan(command: Command, policy: RestartPolicy) -> str:
-    """The text of `--dry-run`: what would be started, ready to be pasted into a shell."""
-    lines = [f"export {name}={shlex.quote(value)}" for name, value in sorted(command.added.items())]
-    lines.append(f"unset {' '.join(command.removed)}")
-    lines.append(shlex.join(command.argv))
-    lines.append(f"# restarts: at most {policy.max_restarts}; given up after {policy.idle_limit} ends without progress")
-    return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""`dstrain launch`: which launcher is chosen, golden texts of --dry-run, and faults that are one line."""
+"""`dstrain launch`: what reaches the supervisor, and faults that are one line. Texts of --dry-run: tests/golden/test_golden_launch.py."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from typing import Any
 import pytest
 
 from dstrain.cli import launch
+from dstrain.cli.launch_stages import say
 from dstrain.cli.main import main
 from dstrain.launcher.history import AttemptRecord, History
 from tests.support.runs import pretrain_settings, write_config
 
 
 @pytest.fixture(autouse=True)
-def _no_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SLURM_JOB_NODELIST", "SLURM_JOB_NUM_NODES", "SLURM_NTASKS_PER_NODE"):
-        monkeypatch.delenv(name, raising=False)
+def _a_machine_without_slurm_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("SLURM")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(launch.shutil, "which", lambda name: None)
+    monkeypatch.setattr(launch, "_gpus", lambda: 0)
 
 
 @pytest.fixture(autouse=True)
@@ -43,64 +46,47 @@ def _dry(config: Path, *arguments: str, capsys: pytest.CaptureFixture[str], stag
     return re.sub(r"(port[ =]|PORT=)\d+", r"\1PORT", text)
 
 
-_TAIL = "# restarts: at most 10; given up after 3 ends without progress\n"
-_UNSET = "unset RANK WORLD_SIZE LOCAL_RANK LOCAL_SIZE LOCAL_WORLD_SIZE CROSS_RANK CROSS_SIZE MASTER_ADDR MASTER_PORT DSTRAIN_ATTEMPT"
-_SLURM = " SLURM_NTASKS SLURM_PROCID SLURM_STEP_ID"
-
-
-def test_one_process_is_plain_python(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _dry(config, "train.max_steps=3", capsys=capsys) == (
-        f"export DS_ACCELERATOR=cpu\n{_UNSET}{_SLURM}\n"
-        f"PYTHON -u -m dstrain.cli.main pretrain --config HERE/run.yaml train.max_steps=3\n{_TAIL}"
-    )
+def test_nothing_is_started_or_made_by_a_dry_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = _dry(config, "train.max_steps=3", capsys=capsys)
+    assert "PYTHON -u -m dstrain.cli.main pretrain --config HERE/run.yaml train.max_steps=3\n" in text
     assert not (config.parent / "run").exists()
 
 
-def test_several_processes_are_deepspeed(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _dry(config, "--num-processes", "2", "seed=1", capsys=capsys) == (
-        f"export DS_ACCELERATOR=cpu\n{_UNSET}{_SLURM}\n"
-        "PYTHON -m deepspeed.launcher.runner --hostfile /dev/null --num_accelerators 2 --master_port PORT --no_local_rank "
-        f"--log_level critical --module dstrain.cli.main pretrain --config HERE/run.yaml seed=1\n{_TAIL}"
-    )
+def test_overrides_may_stand_behind_options(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = _dry(config, "--max-restarts", "4", "seed=1", "--bind", "none", capsys=capsys)
+    assert "run.yaml seed=1 engine.bind=none\n" in text
+    assert "at most 4;" in text
 
 
-def test_torchrun_when_asked_for(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = _dry(config, "--with", "torchrun", "--num-processes", "2", "--max-restarts", "4", capsys=capsys)
-    assert "PYTHON -m torch.distributed.run --nnodes 1 --nproc-per-node 2" in text
-    assert text.endswith("# restarts: at most 4; given up after 3 ends without progress\n")
-
-
-def test_a_hostfile_is_deepspeed_over_its_hosts(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "hosts").write_text("n1 slots=4\nn2 slots=4\n")
-    assert "--hostfile HERE/run/logs/hosts-0001 --force_multi --launcher pdsh --master_addr n1" in _dry(
-        config, "--hostfile", str(tmp_path / "hosts"), capsys=capsys
-    )
-
-
-def test_an_allocation_of_several_nodes_is_srun(
+def test_ranks_must_share_an_allocation_evenly(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
-    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "3")
-    assert _dry(config, capsys=capsys) == (
-        f"export DS_ACCELERATOR=cpu\nexport MASTER_PORT=PORT\n{_UNSET}\n"
-        "srun --nodes=2 --ntasks=6 --ntasks-per-node=3 --nodelist=n1,n2 --kill-on-bad-exit=1 --export=ALL "
-        f"PYTHON -u -m dstrain.cli.main pretrain --config HERE/run.yaml\n{_TAIL}"
-    )
     assert main(["launch", "pretrain", str(config), "--num-processes", "3", "--dry-run"]) == 78
     assert "not a multiple of the 2 nodes" in capsys.readouterr().err
 
 
-def test_an_evaluation_takes_the_run_folder(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_evaluation_and_an_export_need_a_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for stage in ("evaluate", "export"):
+        assert main(["launch", stage, str(config.parent), "--dry-run"]) == 78
+        assert "not a run folder" in capsys.readouterr().err
+
+
+def test_a_remark_about_unequal_shares_does_not_hold_the_run_up(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["launch", "pretrain", str(config), "--num-processes", "8", "--dry-run"]) == 0
+    assert "does not divide by 8 ranks" in capsys.readouterr().err
+
+
+def test_saves_that_were_measured_decide_what_a_grace_must_be(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = config.parent / "run"
     run.mkdir()
-    (run / "config.yaml").write_text("stage: pretrain\n" + config.read_text())
-    text = _dry(run, "train.evaluate_rows=8", capsys=capsys, stage="evaluate")
-    assert "-m dstrain.cli.main evaluate HERE/run train.evaluate_rows=8\n" in text
+    (run / "events.jsonl").write_text('{"event": "saved", "step": 4, "seconds": 200.0}\n')
+    assert main(["launch", "pretrain", str(config), "--dry-run"]) == 78
+    assert "--grace 120: saves of this run take up to 200 s" in capsys.readouterr().err
+    assert main(["launch", "pretrain", str(config), "--grace", "300", "--dry-run"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -112,6 +98,15 @@ def test_an_evaluation_takes_the_run_folder(config: Path, capsys: pytest.Capture
         (["--hostfile", "/nowhere"], "/nowhere"),
         (["--hostfile", "/nowhere", "--with", "torchrun"], "leave one of the two out"),
         (["--num-processes", "-1"], "--num-processes -1"),
+        (["--num-processes", "16"], "16 ranks and train.global_batch=12"),
+        (["--interface", "nowhere0"], "engine.interface: 'nowhere0' does not exist"),
+        (["--interface", "^lo"], "no interface name"),
+        (["engine.bind=tight"], "engine.bind"),
+        (["--port", "80"], "1024 to 65535"),
+        (["--forward", "A=1"], "--forward 'A=1'"),
+        (["--time", "10"], "sbatch is not on PATH"),
+        (["--with", "python", "--nodes", "2"], "--nodes is an option of --with sbatch"),
+        (["engine.device=cuda"], "shows no GPU"),
         (["--max-restarts", "-1"], "max_restarts"),
         (["--grace", "nan"], "grace_s"),
         (["other.yaml"], "'other.yaml'"),
@@ -121,7 +116,7 @@ def test_an_evaluation_takes_the_run_folder(config: Path, capsys: pytest.Capture
 def test_a_fault_is_one_line_before_anything_is_started(
     config: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["launch", "pretrain", str(config), *arguments]) == 78
+    assert main(["launch", "pretrain", str(config), *arguments]) == (77 if "engine.device=cuda" in arguments else 78)
     said = capsys.readouterr().err
     assert message in said
     assert "Traceback" not in said
@@ -185,4 +180,4 @@ def test_a_closed_terminal_does_not_stop_the_supervisor(monkeypatch: pytest.Monk
         flush = None
 
     monkeypatch.setattr(sys, "stderr", Closed())
-    launch._say("text")
+    say("text")

@@ -9,13 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from dstrain.base.errors import ExitCode
 from dstrain.launcher.history import read_history
 from dstrain.launcher.policy import RestartPolicy
 from dstrain.launcher.starters import Command, Layout
-from dstrain.launcher.supervisor import Job, Supervisor, show_plan
+from dstrain.launcher.supervisor import Job, Supervisor
 from tests.support.fake_stage import make_supervisor
 
 
@@ -55,18 +53,3 @@ def test_an_evaluation_touches_neither_exit_files_nor_checkpoints(tmp_path: Path
     assert len(read_history(tmp_path)) == 3
     assert (tmp_path / "exit" / "rank-00000.json").exists()
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000004", "step-00000008"]
-
-
-@pytest.mark.parametrize("secret", ["it's $HOME; `id`", "a b"])
-def test_a_plan_can_be_pasted_into_a_shell(secret: str) -> None:
-    text = show_plan(
-        Command(("python", "-m", "x", f"k={secret}"), {"B": secret, "A": "1"}, ("RANK", "WORLD_SIZE")), RestartPolicy()
-    )
-    import shlex
-
-    lines = text.splitlines()
-    assert shlex.split(lines[0]) == ["export", "A=1"]
-    assert shlex.split(lines[1]) == ["export", f"B={secret}"]
-    assert lines[2] == "unset RANK WORLD_SIZE"
-    assert shlex.split(lines[3]) == ["python", "-m", "x", f"k={secret}"]
-    assert lines[4].startswith("# restarts: at most 10")

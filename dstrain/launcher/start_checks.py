@@ -1,0 +1,123 @@
+"""What can be seen to be wrong before anything is started: port, GPUs, batch, file system. Each fault is one line with its mend.
+
+Looks at this machine only; what other machines see is checked by the ranks themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from pathlib import Path
+
+from dstrain.base.errors import ConfigError, MachineError
+
+_IN_MEMORY = frozenset({"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"})
+
+
+def check_port(port: int, *, listens_here: bool) -> None:
+    """Refuse a port that something on this machine listens on, or that is none.
+
+    Args:
+        port: `--port`.
+        listens_here: whether the first rank is on this machine.
+
+    Raises:
+        ConfigError: with the mend.
+    """
+    if not 1024 <= port < 1 << 16:
+        raise ConfigError(f"--port {port}: take one from 1024 to 65535, or leave it out for a free one")
+    if not listens_here:
+        return
+    with socket.socket() as probe:
+        # As torch's store does: connections that were closed do not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))  # as wide as torch listens where ranks are on several hosts
+        except OSError as error:
+            raise ConfigError(
+                f"--port {port}: cannot be listened on at {socket.gethostname()} ({os.strerror(error.errno or 0)}): "
+                "another job may use it; take another, or leave it out for a free one"
+            ) from None
+
+
+def check_gpus(processes: int, *, gpus: int, wants_gpus: bool) -> None:
+    """Refuse more ranks on this machine than it has GPUs.
+
+    Args:
+        processes: ranks on this machine.
+        gpus: that it shows.
+        wants_gpus: `engine.device: cuda`, or auto and there are some.
+
+    Raises:
+        MachineError: this machine shows no GPU.
+        ConfigError: it shows too few, with the number that fits.
+    """
+    if wants_gpus and gpus == 0:
+        raise MachineError(
+            "engine.device: cuda is asked for and this machine shows no GPU: start it where there are some, submit it "
+            "(--with sbatch), or set engine.device=cpu"
+        )
+    if wants_gpus and processes > gpus:
+        raise ConfigError(f"{processes} ranks on this machine, which shows {gpus} GPUs: give --num-processes {gpus}")
+
+
+def check_batch(world: int, *, global_batch: int) -> str | None:
+    """Refuse more ranks than a step has rows; returns a remark where they get unequal shares, which costs time but no exactness.
+
+    Raises:
+        ConfigError: with both ends to change.
+    """
+    if world > global_batch:
+        raise ConfigError(
+            f"{world} ranks and train.global_batch={global_batch}: some would have nothing to do; start at most {global_batch} ranks, or "
+            f"raise train.global_batch to a multiple of {world}"
+        )
+    if global_batch % world:
+        low = global_batch // world
+        near = f"{low * world} or {(low + 1) * world}"
+        return f"train.global_batch={global_batch} does not divide by {world} ranks: some wait for others; {near} would"
+    return None
+
+
+def check_shared(folder: Path, *, hosts: int, mounts: str | None = None) -> None:
+    """Refuse a run folder in this machine's memory for a job on other machines.
+
+    Whether a disk is shared cannot be told from one side: the ranks compare what they see.
+
+    Args:
+        folder: the run folder, which may not exist yet.
+        hosts: of the job, this machine counting only when it takes part.
+        mounts: text of /proc/self/mounts.
+
+    Raises:
+        ConfigError: naming the folder and its file system.
+    """
+    if hosts < 2:
+        return
+    kind, place = file_system(folder, mounts=mounts)
+    if kind in _IN_MEMORY:
+        raise ConfigError(
+            f"run_folder {folder}: {place} is {kind}, memory of this machine that the other {hosts - 1} do not see: "
+            "put it on the file system that all nodes share"
+        )
+
+
+def file_system(folder: Path, *, mounts: str | None = None) -> tuple[str, str]:
+    """Type and mount point of what a folder is on.
+
+    Args:
+        folder: may not exist yet.
+        mounts: text of /proc/self/mounts; default: this machine's.
+    """
+    text = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace") if mounts is None else mounts
+    real = Path(os.path.realpath(folder))
+    found = ("unknown", "/")
+    for line in text.splitlines():
+        fields = line.split(" ")
+        if len(fields) < 3:
+            continue
+        place = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[1])  # blanks are written \040
+        if real.is_relative_to(place) and len(place) >= len(found[1]):  # later lines lie over earlier ones
+            found = (fields[2], place)
+    return found
