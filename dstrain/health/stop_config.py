@@ -33,6 +33,9 @@ class StopConfig(Config):
     """Price of one device (GPU, or CPU process) for one hour, in dollars."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Tokens of the whole run; then it saves and ends for good, wherever in the schedule it is."""
+    max_training_hours: float | None = Field(default=None, gt=0.0)
+    """Hours in steps of the whole run, over all its restarts, without start-up, saves and idle time; then it saves and ends
+    for good."""
     look_every_s: float = Field(default=5.0, gt=0.0)
     """Seconds between two looks for the files `stop` and `save` in the run folder."""
 
@@ -72,3 +75,10 @@ def tokens_spent(config: StopConfig, tokens: int) -> str | None:
     if config.max_tokens is None or tokens < config.max_tokens:
         return None
     return f"stop.max_tokens: {config.max_tokens} are done"
+
+
+def training_spent(config: StopConfig, seconds: float) -> str | None:
+    """The reason to stop when the budget of hours in steps is used up, or None."""
+    if config.max_training_hours is None or seconds < config.max_training_hours * 3600:
+        return None
+    return f"stop.max_training_hours: {config.max_training_hours:g} are over"

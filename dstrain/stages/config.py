@@ -73,6 +73,13 @@ class RunConfig(Config):
     deepspeed: RawDeepSpeed = RawDeepSpeed()
     """Raw DeepSpeed keys that dstrain does not own, passed through."""
 
+    @model_validator(mode="after")
+    def _clock(self) -> RunConfig:
+        budget = {"tokens": "max_tokens", "hours": "max_training_hours"}.get(self.schedule.clock)
+        if budget is not None and getattr(self.stop, budget) is None:
+            raise ValueError(f"schedule.clock: {self.schedule.clock} runs against stop.{budget}, which is not set")
+        return self
+
 
 class PretrainConfig(RunConfig):
     """A pretraining run: one YAML."""

@@ -19,7 +19,7 @@ from dstrain.base.world import World
 from dstrain.health.heartbeat import Heartbeat
 from dstrain.health.lease import RunLease
 from dstrain.health.signals import StopRequest
-from dstrain.health.stop_config import StopConfig, tokens_spent
+from dstrain.health.stop_config import StopConfig, tokens_spent, training_spent
 from dstrain.health.stop_relay import StopRelay
 from dstrain.health.stop_watch import StopWatch
 from dstrain.monitor.goodput_meter import GoodputMeter, read_attempts
@@ -78,9 +78,9 @@ class Oversight:
         return Past(failures, self.goodput.total().wall_s / 3600)
 
     def on_step(self, state: RunState, report: StepReport) -> None:
-        """Stop when the budget of tokens is used up."""
+        """Stop when the budget of tokens, or of hours in steps, is used up."""
         self.steps_taken += 1
-        reason = tokens_spent(self.limits, state.tokens)
+        reason = tokens_spent(self.limits, state.tokens) or training_spent(self.limits, state.compute_seconds)
         if reason is not None:
             self.stop.ask(reason, requeue=False)
 

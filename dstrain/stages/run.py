@@ -31,11 +31,11 @@ from dstrain.health.guards import Guards, Verdict
 from dstrain.models.huggingface import architecture_of, facts
 from dstrain.monitor.flops import ModelShape
 from dstrain.monitor.monitor import Monitor
-from dstrain.optim.schedule import learning_rate_factor
 from dstrain.stages.assembly import AnyConfig, Assembly, Site
 from dstrain.stages.cross_checks import CrossChecks
 from dstrain.stages.environment import describe_environment, package_versions
 from dstrain.stages.hyperparameters import hyperparameters
+from dstrain.stages.learning_rate import learning_rate_of
 from dstrain.stages.oversight import Oversight
 from dstrain.stages.roll_back import Window, go_back, read_windows, windows_missing
 from dstrain.stages.saving import Contents, Saving
@@ -318,7 +318,6 @@ class Run:
 
     def _loop(self) -> Ending:
         config, parts = self.config, self.parts
-        peak = config.optimizer.learning_rate
         boundary = Boundary(
             evaluate=self._evaluate if parts.evaluate is not None else None,
             save=self.saving.start,
@@ -337,8 +336,13 @@ class Run:
                 steps=steps,
                 state=self.state,
                 max_steps=parts.max_steps,
-                learning_rate=lambda step: (
-                    peak * learning_rate_factor(config.schedule, step=step, max_steps=parts.max_steps)
+                learning_rate=learning_rate_of(
+                    config.schedule,
+                    peak=config.optimizer.learning_rate,
+                    stop=config.stop,
+                    max_steps=parts.max_steps,
+                    state=self.state,
+                    control=self.site.control,
                 ),
                 observers=self.observers,
                 boundary=boundary,

@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from dstrain.health.stop_config import StopConfig, budget_limits, tokens_spent
+from dstrain.health.stop_config import StopConfig, budget_limits, tokens_spent, training_spent
 from dstrain.health.stop_deadline import Limit
 
 
@@ -37,3 +37,10 @@ def test_tokens():
     config = StopConfig(max_tokens=1000)
     assert tokens_spent(config, 999) is None
     assert tokens_spent(config, 1000) == "stop.max_tokens: 1000 are done"
+
+
+def test_hours_in_steps():
+    config = StopConfig(max_training_hours=0.5)
+    assert training_spent(config, 1799.9) is None
+    assert training_spent(config, 1800.0) == "stop.max_training_hours: 0.5 are over"
+    assert training_spent(StopConfig(), 1e12) is None

@@ -87,3 +87,12 @@ def test_stages_default_to_their_own_habits() -> None:
     tuned = read(FinetuneConfig, FINETUNE)
     assert (tuned.optimizer.learning_rate, tuned.optimizer.betas) == (5e-5, (0.9, 0.999))
     assert (tuned.train.global_batch, tuned.train.micro_batch) == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("clock", "budget"), [("tokens", {"max_tokens": 1000}), ("hours", {"max_training_hours": 1.0})]
+)
+def test_a_schedule_by_tokens_or_hours_needs_the_budget_that_ends_the_run(clock: str, budget: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"schedule.clock: {clock} runs against stop.{next(iter(budget))}"):
+        read(PretrainConfig, PRETRAIN, schedule={"clock": clock})
+    assert read(PretrainConfig, PRETRAIN, schedule={"clock": clock}, stop=budget).schedule.clock == clock

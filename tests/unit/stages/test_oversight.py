@@ -48,6 +48,15 @@ def test_a_spent_budget_of_tokens_ends_the_run_for_good(tmp_path):
     assert stop.requeue is False
 
 
+def test_a_spent_budget_of_hours_in_steps_ends_the_run_for_good(tmp_path):
+    found, stop, _ = oversight(tmp_path, max_training_hours=1.0)
+    found.on_step(RunState(compute_seconds=3599.0), None)
+    assert stop.reason is None
+    found.on_step(RunState(compute_seconds=3600.0), None)
+    assert "max_training_hours" in stop.reason
+    assert stop.requeue is False
+
+
 def test_attempts_that_left_without_a_word_or_by_a_fault_count_as_failures(tmp_path):
     for outcome in ("saved", None, "failed"):
         meter = GoodputMeter(tmp_path)
