@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor, nn
 
 IGNORED_LABEL = -100
@@ -110,14 +109,6 @@ class MicroBatch:
     """Targets that count (labels that are not ignored)."""
     num_tokens: int = 0
     """Real tokens: T less the filler of an empty micro-batch."""
-
-    def to(self, device: torch.device | str) -> MicroBatch:
-        """The same micro-batch on another device."""
-        if str(device) == "cpu":
-            return self
-        move = {name: getattr(self, name) for name in ("tokens", "positions", "targets", "labels", "token_types")}
-        moved = {k: v.pin_memory().to(device, non_blocking=True) if v is not None else None for k, v in move.items()}
-        return MicroBatch(**moved, lengths=self.lengths, num_targets=self.num_targets, num_tokens=self.num_tokens)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ def segment_layout(lengths: Sequence[int], *, device: torch.device, dtype: torch
     return SegmentLayout(groups=groups, cu_seqlens=ends, max_length=max(lengths), varlen=varlen)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def segment_attention(
     query: Tensor,
     key: Tensor,
@@ -60,6 +61,9 @@ def segment_attention(
     window: int | None,
 ) -> Tensor:
     """Bidirectional attention within each segment.
+
+    Compiled blocks leave their graph here: segments differ from batch to batch, and a graph for each set of lengths would
+    be compiled for ever. What lies on both sides has one shape.
 
     Args:
         query: (1, h, T, d).

@@ -9,12 +9,16 @@ from pydantic import Field, model_validator
 
 from dstrain.base.config import Config
 
+DSTRAIN_ENCODER_TYPE = "modernbert"
+"""transformers' name of the architecture that `kind: dstrain-encoder` runs."""
+
 
 class ModelConfig(Config):
-    """A Hugging Face encoder, built from scratch or from existing weights."""
+    """An encoder, built from scratch or from existing weights."""
 
-    kind: Literal["huggingface"] = "huggingface"
-    """Which family of code builds the model."""
+    kind: Literal["huggingface", "dstrain-encoder"] = "huggingface"
+    """huggingface runs transformers' own code of any family. dstrain-encoder runs ModernBERT's architecture by dstrain's code,
+    unpadded from end to end; `config` takes the fields of ModernBertConfig, checkpoints and exports are ModernBERT's."""
     config: dict[str, Any] = Field(default_factory=dict)
     """The fields of its transformers configuration, `model_type` among them: bert, roberta, electra, distilbert, albert,
     modernbert, deberta-v2 and every other type that has a ...ForMaskedLM class. `vocab_size` follows the tokenizer."""
@@ -29,6 +33,15 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _something(self) -> ModelConfig:
+        if self.kind == "dstrain-encoder":
+            if self.attention == "padded":
+                raise ValueError("attention: padded belongs to kind: huggingface; dstrain-encoder is always unpadded")
+            if self.config.get("model_type", DSTRAIN_ENCODER_TYPE) != DSTRAIN_ENCODER_TYPE:
+                raise ValueError(
+                    f"kind: dstrain-encoder has the architecture {DSTRAIN_ENCODER_TYPE}, not "
+                    f"{self.config['model_type']!r}; use kind: huggingface for others"
+                )
+            return self
         if not self.config and self.init_from is None:
             raise ValueError(
                 "give config.model_type (and its sizes) for a model from scratch, or init_from for an existing one"

@@ -30,7 +30,8 @@ from transformers.models.auto.modeling_auto import (
 
 from dstrain.base.errors import ConfigError
 from dstrain.base.logs import get_logger
-from dstrain.models.config import ModelConfig, ModelFacts
+from dstrain.models.config import DSTRAIN_ENCODER_TYPE, ModelConfig, ModelFacts
+from dstrain.models.dstrain_encoder import DstrainMaskedLanguageModel
 from dstrain.models.encoders import MaskedLanguageModel, SequenceClassifier
 from dstrain.models.inputs import (
     position_offset,
@@ -53,7 +54,7 @@ _LOG = get_logger(__name__)
 
 def build_masked_lm(
     config: ModelConfig, *, vocab_size: int, special: Mapping[str, int], architecture: Mapping[str, Any] | None = None
-) -> MaskedLanguageModel:
+) -> MaskedLanguageModel | DstrainMaskedLanguageModel:
     """Build a masked-LM model with random weights.
 
     Args:
@@ -66,10 +67,14 @@ def build_masked_lm(
         ConfigError: unknown model type or field, or sizes that do not fit.
     """
     hf_config = _configuration(
-        config.config, architecture or {}, vocab_size=vocab_size, pad_to=config.pad_vocab_to, special=special
-    )
+        config.config, architecture or {}, vocab_size=vocab_size, pad_to=config.pad_vocab_to, special=special,
+        own_encoder=config.kind == "dstrain-encoder",
+    )  # fmt: skip
     _require_class(hf_config, MODEL_FOR_MASKED_LM_MAPPING, "ForMaskedLM")
-    return MaskedLanguageModel(_construct(AutoModelForMaskedLM, hf_config), attention=config.attention)
+    model = _construct(AutoModelForMaskedLM, hf_config)
+    if config.kind == "dstrain-encoder":
+        return DstrainMaskedLanguageModel(model)
+    return MaskedLanguageModel(model, attention=config.attention)
 
 
 def build_classifier(
@@ -81,6 +86,10 @@ def build_classifier(
     Raises:
         ConfigError: unknown model type or field, or sizes that do not fit.
     """
+    if config.kind == "dstrain-encoder":
+        raise ConfigError(
+            "model.kind: dstrain-encoder pretrains; fine-tune its checkpoint with kind: huggingface, which takes it as it is"
+        )
     names = labels or tuple(str(i) for i in range(num_labels))
     extra = {
         "num_labels": num_labels,
@@ -243,10 +252,16 @@ def _configuration(
     vocab_size: int,
     pad_to: int,
     special: Mapping[str, int],
+    own_encoder: bool = False,
 ) -> PretrainedConfig:
     """What a person typed, over what came with a model; only the former is checked for unknown names."""
     fields = {**architecture, **typed}
-    model_type = fields.pop("model_type", None)
+    model_type = fields.pop("model_type", DSTRAIN_ENCODER_TYPE if own_encoder else None)
+    if own_encoder and model_type != DSTRAIN_ENCODER_TYPE:
+        raise ConfigError(
+            f"model.kind: dstrain-encoder has the architecture {DSTRAIN_ENCODER_TYPE}, not {model_type!r}; "
+            "use kind: huggingface for others"
+        )
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ConfigError(
             f"model.config.model_type: {model_type!r} is not known to transformers (bert, roberta, modernbert, ...)"

@@ -52,6 +52,8 @@ class Assembly:
     max_steps: int
     accumulation: int
     """Micro-batches of a step, the same on every rank."""
+    row_length: int
+    """Most tokens of a row."""
     tokenizer_folder: Path
     prefetch_steps: int
     prefetch_threads: int = 1

@@ -46,7 +46,7 @@ def evaluate(
         engine = Engine(
             parts.model, parts.objective, config=config.engine, optimizer=config.optimizer, control=site.control,
             device=site.device, precision=site.precision, micro_batch=config.train.micro_batch,
-            accumulation=parts.accumulation, seed=config.seed, raw=config.deepspeed.values(),
+            accumulation=parts.accumulation, seed=config.seed, row_length=parts.row_length, raw=config.deepspeed.values(),
         )  # fmt: skip
         fragments = engine.fragments
         with torch.no_grad():

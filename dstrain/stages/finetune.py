@@ -71,6 +71,7 @@ def assemble(config: FinetuneConfig, site: Site) -> Assembly:
         loader=loader,
         max_steps=max_steps,
         accumulation=num_micro_batches(train_.global_batch, micro_batch=train_.micro_batch, world_size=site.world.size),
+        row_length=config.task.max_length,
         tokenizer_folder=tokenizer.folder,
         prefetch_steps=config.prefetch_steps,
         evaluate=scoring.validation_metrics,

@@ -12,6 +12,7 @@ from dstrain.base.world import World
 from dstrain.data.evaluation import evaluation_batches
 from dstrain.data.tokenizer import Tokenizer
 from dstrain.health.signals import StopRequest
+from dstrain.models.dstrain_encoder import DstrainMaskedLanguageModel
 from dstrain.models.encoders import MaskedLanguageModel
 from dstrain.models.huggingface import build_masked_lm, facts, initialise
 from dstrain.objectives.mlm import MlmObjective
@@ -29,6 +30,7 @@ from dstrain.stages.training_data import (
     source_paths,
     training_masking,
 )
+from dstrain.train.compiling import choose_compiling
 from dstrain.train.engine import Engine
 
 _UNIGRAM_SAMPLE_TOKENS = 4_000_000
@@ -47,13 +49,16 @@ def assemble(config: PretrainConfig, site: Site) -> Assembly:
         Interrupted: asked to stop while waiting for a remote store.
     """
     data = open_training_data(config, site.world, should_leave=site.should_leave)
+    model = build_model(config, data.tokenizer)
+    compiling = choose_compiling(config.engine, device=site.device, unpadded=model.attention == "unpadded")
     return Assembly(
         stage="pretrain",
-        model=build_model(config, data.tokenizer),
-        objective=MlmObjective(),
+        model=model,
+        objective=MlmObjective(compiled=compiling.enabled),
         loader=data.loader,
         max_steps=config.train.max_steps,
         accumulation=data.loader.num_micro_batches(0),
+        row_length=config.data.sequence_length,
         tokenizer_folder=data.tokenizer.folder,
         prefetch_steps=config.data.prefetch_steps,
         prefetch_threads=config.data.threads,
@@ -75,7 +80,7 @@ def _notes(config: PretrainConfig, data: TrainingData) -> Iterator[str]:
         yield f"source {name}: {order.num_rows} rows, {data.epochs[name]:.2f} epochs"
 
 
-def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> MaskedLanguageModel:
+def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> MaskedLanguageModel | DstrainMaskedLanguageModel:
     """The model with the weights a fresh run starts from.
 
     Raises:

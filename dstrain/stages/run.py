@@ -39,6 +39,7 @@ from dstrain.stages.learning_rate import learning_rate_of
 from dstrain.stages.oversight import Oversight
 from dstrain.stages.roll_back import Window, go_back, read_windows, windows_missing
 from dstrain.stages.saving import Contents, Saving
+from dstrain.train.compiling import GraphWatch
 from dstrain.train.engine import Engine
 from dstrain.train.histograms import Histograms
 from dstrain.train.loop import Boundary, Ending, train
@@ -232,11 +233,13 @@ class Run:
         self.engine = Engine(
             parts.model, parts.objective, config=config.engine, optimizer=config.optimizer, control=self.site.control,
             device=self.site.device, precision=self.site.precision, micro_batch=config.train.micro_batch,
-            accumulation=parts.accumulation, seed=config.seed, raw=config.deepspeed.values(),
+            accumulation=parts.accumulation, seed=config.seed, row_length=parts.row_length, raw=config.deepspeed.values(),
         )  # fmt: skip
         self.fragments = self.engine.fragments
         if self.resumed_from is None and self.site.precision != "fp32":
             self.fragments.fill_masters(initial)
+        compiling = self.engine.compiling
+        self._say(f"blocks {'compiled' if compiling.enabled else 'not compiled'}: {compiling.reason}")
         if self.site.world.is_first:
             write_json(config.run_folder / "deepspeed.json", redacted(self.engine.ds_config))
 
@@ -305,6 +308,8 @@ class Run:
             hosts=self.site.control.gather_json(socket.gethostname()),
         )  # fmt: skip
         self.observers: list[Observer] = [self.checks, self.saving, self.guard]
+        if self.engine.compiling.enabled:
+            self.observers.append(GraphWatch(self.monitor.event))
         if (every := self.config.monitor.histograms_every) is not None and self.config.monitor.tensorboard:
             histograms = Histograms(
                 every, names=self.fragments.shapes, owned=contents.fragments, control=self.site.control,

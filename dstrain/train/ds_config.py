@@ -70,6 +70,9 @@ class EngineConfig(RankSettings):
     """auto: GPUs when this process sees one. cuda makes a missing GPU an error instead of a slow CPU run."""
     bucket_elements: int = Field(default=50_000_000, ge=1_000)
     """Elements of one reduce or all-gather bucket; 5e7 is 100 MB in bf16."""
+    compile: Literal["auto", "off", "blocks"] = "auto"
+    """blocks: torch.compile fuses what lies between the matrices of each encoder block, and micro-batches are filled up to a
+    few fixed shapes. auto: blocks on a GPU at stages 0 to 2; off on a CPU, where matrices take nearly all the time."""
     initial_loss_scale_power: int = Field(default=16, ge=0, le=32)
     """fp16 only: the dynamic loss scale starts at 2 to this power."""
 

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -32,11 +33,14 @@ from dstrain.base.rendezvous import loopback_store
 from dstrain.base.seeds import derive
 from dstrain.base.world import World
 from dstrain.checkpoint.fragments import EngineState
+from dstrain.models.blocks import compile_blocks
 from dstrain.optim.build import OPTIMIZERS, build_optimizer
 from dstrain.optim.config import OptimizerConfig
 from dstrain.optim.fragment_optimizer import bind_if_needed
 from dstrain.optim.groups import parameter_groups
 from dstrain.train.agreement import Agreed, AnyData, agree
+from dstrain.train.compiling import choose_compiling, few_shapes
+from dstrain.train.device_feed import DeviceFeed
 from dstrain.train.ds_config import EngineConfig, deepspeed_config, warnings_for
 from dstrain.train.memory import memory_faults_named
 from dstrain.train.op_cache import clear_stale_locks
@@ -147,7 +151,8 @@ class Engine:
 
     def __init__(
         self, model: nn.Module, objective: Objective, *, config: EngineConfig, optimizer: OptimizerConfig, control: ControlPlane,
-        device: str, precision: Precision, micro_batch: int, accumulation: int, seed: int, raw: Mapping[str, Any] | None = None,
+        device: str, precision: Precision, micro_batch: int, accumulation: int, seed: int, row_length: int | None = None,
+        raw: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         """Collective. Build the engine around a model in fp32.
 
@@ -164,6 +169,7 @@ class Engine:
             micro_batch: rows of one forward.
             accumulation: micro-batches of one step, the same on every rank.
             seed: the run's seed, for dropout.
+            row_length: most tokens of a row, where rows are full ones; compiled blocks then see one shape.
             raw: keys of the `deepspeed:` section.
         """
         self.control, self.device, self.precision, self.seed = control, device, precision, seed
@@ -174,6 +180,12 @@ class Engine:
         if control.world.is_first:
             for warning in warnings_for(config, precision=precision, accumulation=accumulation):
                 _LOG.warning("%s", warning)
+        self.compiling = choose_compiling(config, device=device, unpadded=getattr(model, "attention", "") == "unpadded")
+        shape = None
+        if self.compiling.enabled:
+            compile_blocks(model)
+            shape = partial(few_shapes, usual_tokens=micro_batch * (row_length or 0))
+        self._feed = DeviceFeed(device, shape=shape)
         module = TrainedModule(model, objective)
         guarded = config.zero_stage == 0 and precision == "fp32"
         client = build_optimizer(optimizer, parameter_groups(module, optimizer), guarded=guarded)
@@ -268,13 +280,12 @@ class Engine:
         scale = self.control.world.size / max(1, counts.num_targets)
         loss = torch.zeros((), dtype=torch.float32, device=self.device)
         correct = torch.zeros((), dtype=torch.float32, device=self.device)
-        for number, batch in enumerate(data.micro_batches):
+        for number, batch in enumerate(self._feed(data.micro_batches)):
             if number:
                 self.engine.step()  # closes the micro-batch before; only the last one's step updates anything
             torch.manual_seed(derive(self.seed, "dropout", step, self.control.world.rank, number) >> 1)
-            on_device = batch.to(self.device)
             with stopwatch:
-                loss_sum, hits = self.engine(on_device)
+                loss_sum, hits = self.engine(batch)
             self.engine.backward(loss_sum * scale, scale_wrt_gas=False)
             loss += loss_sum.detach()
             correct += hits
@@ -311,9 +322,9 @@ class Engine:
         self.engine.eval()
         totals = [0.0, 0.0, 0.0]
         try:
-            for number, batch in enumerate(batches):
+            for number, batch in enumerate(self._feed(batches)):
                 self._leave_together(should_leave, number)
-                loss_sum, hits = self.engine(batch.to(self.device))
+                loss_sum, hits = self.engine(batch)
                 totals = [totals[0] + float(loss_sum), totals[1] + float(hits), totals[2] + batch.num_targets]
         finally:
             self.engine.train()
@@ -334,9 +345,9 @@ class Engine:
         self.engine.eval()
         found = []
         try:
-            for number, batch in enumerate(batches):
+            for number, (batch, given) in enumerate(zip(self._feed(batches), batches)):
                 self._leave_together(should_leave, number)
-                found.append(self.engine.module.model(batch.to(self.device)).float().cpu())
+                found.append(self.engine.module.model(batch)[: len(given.targets)].float().cpu())
         finally:
             self.engine.train()
         return found

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dstrain.base.protocols import MicroBatch, StepData
 from dstrain.models.config import ModelConfig
+from dstrain.models.dstrain_encoder import DstrainMaskedLanguageModel
 from dstrain.models.encoders import MaskedLanguageModel
 from dstrain.models.huggingface import build_masked_lm
 
@@ -53,7 +54,18 @@ def tiny_model(family: str, *, seed: int = 0, attention: str = "auto", **fields:
         config={"model_type": family, **FAMILIES[family], **fields},
         attention=attention,  # type: ignore[arg-type]
     )
-    return build_masked_lm(config, vocab_size=VOCABULARY, special=SPECIAL)
+    model = build_masked_lm(config, vocab_size=VOCABULARY, special=SPECIAL)
+    assert isinstance(model, MaskedLanguageModel)
+    return model
+
+
+def tiny_encoder(*, seed: int = 0, **fields: Any) -> DstrainMaskedLanguageModel:
+    """dstrain's own encoder, in the sizes and with the weights of `tiny_model("modernbert")`."""
+    torch.manual_seed(seed)
+    config = ModelConfig(kind="dstrain-encoder", config={**FAMILIES["modernbert"], **fields})
+    model = build_masked_lm(config, vocab_size=VOCABULARY, special=SPECIAL)
+    assert isinstance(model, DstrainMaskedLanguageModel)
+    return model
 
 
 def documents(lengths: Sequence[int] = LENGTHS, *, seed: int = 0) -> list[Tensor]:

@@ -15,24 +15,6 @@ def micro_batch(**changes):
     return MicroBatch(**(fields | changes))
 
 
-def test_a_micro_batch_for_the_cpu_is_not_copied():
-    batch = micro_batch()
-    assert batch.to("cpu") is batch
-    assert batch.to(torch.device("cpu")) is batch
-
-
-@pytest.mark.parametrize("types", [None, torch.ones(3, dtype=torch.int64)])
-def test_moving_takes_every_tensor_and_keeps_every_count(types, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)  # pinning needs a GPU's driver
-    moved = micro_batch(token_types=types).to("meta")
-    for field in dataclasses.fields(MicroBatch):
-        value = getattr(moved, field.name)
-        if isinstance(value, torch.Tensor):
-            assert value.device.type == "meta", field.name
-    assert (moved.token_types is None) == (types is None)
-    assert (moved.lengths, moved.num_targets, moved.num_tokens) == ((3,), 1, 3)
-
-
 def test_a_micro_batch_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         micro_batch().num_targets = 2

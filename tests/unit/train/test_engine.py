@@ -388,3 +388,21 @@ def test_a_judge_is_not_asked_while_deepspeed_builds_its_optimizer(control: Cont
     engine.train_step(step_data([batch_of(rows())]), step=0, learning_rate=0.1, judge=judge)
     assert len(judge.asked) == 1
     assert step(engine, [batch_of(rows())]).applied, "without a judge nothing is left out"
+
+
+@pytest.mark.slow  # inductor compiles for a minute
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_compiled_blocks_take_the_same_steps(control: ControlPlane, stage: int) -> None:
+    batches = [packed(documents(lengths)) for lengths in ((20, 20, 9), (40, 11), (49, 1))]
+    losses = []
+    for choice in ("off", "blocks"):
+        engine = Engine(
+            tiny_model("bert"), MlmObjective(compiled=choice == "blocks"), config=EngineConfig(zero_stage=stage, compile=choice),  # type: ignore[arg-type]
+            optimizer=OptimizerConfig(), control=control, device="cpu", precision="fp32", micro_batch=1, accumulation=1,
+            seed=0, row_length=52,
+        )  # fmt: skip
+        assert engine.compiling.enabled == (choice == "blocks")
+        losses.append(
+            [engine.train_step(step_data([b]), step=n, learning_rate=1e-2).loss for n, b in enumerate(batches)]
+        )
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
