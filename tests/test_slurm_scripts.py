@@ -27,20 +27,22 @@ if name == "dstrain" and "--unhealthy-hosts" in sys.argv:
     pathlib.Path(sys.argv[sys.argv.index("--unhealthy-hosts") + 1]).write_text(answers["hosts"] + "\\n")
 if name == "sbatch":
     print(f"{{len((here / 'calls').read_text().splitlines())}};cluster")
+if name == "tensorboard":
+    print(answers["says"], file=sys.stderr)
 if name == "squeue":
     print(answers["waiting"] if "--me" in sys.argv else answers["excluded"])
-sys.exit(answers["code"] if name == "dstrain" else 0)
+sys.exit(answers["code"] if name in ("dstrain", "tensorboard") else 0)
 """
 
 
 def _run(
     folder: Path, script: str, *arguments: str, environment: dict[str, str], **answers: object
 ) -> tuple[int, list[list[str]]]:
-    """Exit code and calls of a script whose commands are stand-ins."""
-    for name in ("dstrain", "sbatch", "scontrol", "squeue", "scancel", "srun"):
+    """Exit code and calls of a script whose commands are stand-ins; what it prints is left in `folder`/printed."""
+    for name in ("dstrain", "sbatch", "scontrol", "squeue", "scancel", "srun", "tensorboard"):
         (folder / name).write_text(_STAND_IN)
         (folder / name).chmod(0o755)
-    given = {"code": 0, "hosts": "", "excluded": "", "waiting": ""} | answers
+    given = {"code": 0, "hosts": "", "excluded": "", "waiting": "", "says": ""} | answers
     (folder / "answers").write_text(json.dumps(given))
     (folder / "calls").touch()
     done = subprocess.run(
@@ -48,6 +50,7 @@ def _run(
         env={"PATH": f"{folder}:{os.environ['PATH']}", **environment},
     )  # fmt: skip
     assert done.stderr == ""
+    (folder / "printed").write_text(done.stdout)
     return done.returncode, [json.loads(line) for line in (folder / "calls").read_text().splitlines()]
 
 
@@ -113,17 +116,24 @@ def test_the_pipeline_queues_every_stage_behind_the_one_before_and_passes_names_
         "SHARDS": "sh ards",
         "PRETRAIN": "p.yaml",
         "RUN": run,
+        "EXPORT": "h f",
         "FINETUNE": "f.yaml",
+        "PRETRAIN_OPTIONS": "--nodes=8  --comment=$(touch${IFS}x)",
     }
     status, calls = _run(tmp_path, "pipeline.sh", environment=names)
     assert status == 0
     assert [[word for word in call if word.startswith("--dependency")] for call in calls] == [
-        [], ["--dependency=afterok:1"], ["--dependency=afterok:2"], ["--dependency=afterok:3"],
+        [], *([f"--dependency=afterok:{number}"] for number in range(1, 5)),
     ]  # fmt: skip
+    assert [call[2] for call in calls] == [
+        f"--job-name={n}" for n in ("shards", "pretrain", "export", "finetune", "evaluate")
+    ]
     assert calls[0][-6:] == ["--input", corpus, "--tokenizer", "tok", "--out", "sh ards"]
     assert calls[1][-3:] == ["p.yaml", f"run_folder={run}", "data.path=sh ards"]
-    assert calls[2][-2:] == ["f.yaml", f"model.init_from={run}"]
-    assert calls[3][-1] == run
+    assert calls[1][4:6] == ["--nodes=8", "--comment=$(touch${IFS}x)"]
+    assert calls[2][-4:] == [run, "--out", "h f", "--overwrite"]
+    assert calls[3][-2:] == ["f.yaml", f"model.init_from={run}"]
+    assert calls[4][-1] == run
     assert not (tmp_path / "x").exists()
 
 
@@ -138,3 +148,44 @@ def test_an_evaluation_is_one_step_of_srun(tmp_path: Path) -> None:
         tmp_path, "evaluate.sbatch", "runs/a b", "--step", "3", environment={"SLURM_CPUS_PER_TASK": "4"}
     )
     assert (status, calls) == (0, [["srun", "--kill-on-bad-exit=1", "dstrain", "evaluate", "runs/a b", "--step", "3"]])
+
+
+def test_an_export_is_one_process(tmp_path: Path) -> None:
+    status, calls = _run(tmp_path, "export.sbatch", "runs/a b", "--out", "h;f", environment={})
+    assert (status, calls) == (0, [["srun", "--ntasks=1", "dstrain", "export", "runs/a b", "--out", "h;f"]])
+
+
+_NODE = {"USER": "ann", "SLURM_SUBMIT_HOST": "login1", "SLURM_JOB_ID": "7"}
+_UP = "TensorBoard 2.21.0 at http://127.0.0.1:43215/ (Press CTRL+C to quit)"
+
+
+@pytest.mark.parametrize(
+    ("environment", "login"), [({}, "login1"), ({"LOGIN": "gate.example.org"}, "gate.example.org")]
+)
+def test_tensorboard_listens_on_loopback_and_its_log_says_the_way_in(
+    tmp_path: Path, environment: dict[str, str], login: str
+) -> None:
+    status, calls = _run(
+        tmp_path, "tensorboard.sbatch", "runs/a b", "--tag=$(touch x)", environment=_NODE | environment, says=_UP
+    )
+    assert status == 0
+    assert calls == [
+        ["tensorboard", "--logdir", "runs/a b", "--host", "127.0.0.1", "--port", "0", "--tag=$(touch x)"]
+    ]  # fmt: skip
+    printed = (tmp_path / "printed").read_text()
+    assert _UP in printed
+    assert f"  ssh -N -L 6006:127.0.0.1:43215 -J ann@{login} ann@{os.uname().nodename}\n" in printed
+    assert "http://127.0.0.1:6006/" in printed
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_tensorboard_that_fails_says_why_and_names_no_way_in(tmp_path: Path) -> None:
+    status, _ = _run(tmp_path, "tensorboard.sbatch", "runs", environment=_NODE, says="no such option", code=2)
+    assert status == 2
+    assert (tmp_path / "printed").read_text() == "no such option\n"
+
+
+def test_tensorboard_without_a_folder_says_how_it_is_used(tmp_path: Path) -> None:
+    status, calls = _run(tmp_path, "tensorboard.sbatch", environment=_NODE)
+    assert (status, calls) == (78, [])
+    assert "sbatch slurm/tensorboard.sbatch runs/" in (tmp_path / "printed").read_text()

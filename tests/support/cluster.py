@@ -5,6 +5,7 @@ Hosts have their own network, process table and host name, and share the file sy
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -18,9 +19,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tests/cluster/lab"
 NODES = ("node1", "node2")
+"""The nodes of a cluster: one "GPU" of type a each, and in every partition."""
+SPARE = "node3"
+"""A third, with a GPU of another type, in partition `all` only."""
 _PREFIX = "dstrain-lab-"
 _SETTINGS = {
     "CLUSTER_SLOTS": "1",
+    "CLUSTER_GPU_TYPES": "a,a,b",
     "CLUSTER_KILLWAIT": "10",
     "CLUSTER_GRACE": "20",
     "CLUSTER_REQUEUE_DELAY": "5",
@@ -58,7 +63,7 @@ class Job:
 
 
 class Lab:
-    """One cluster: a login node `ctl` with the SLURM controller, and two nodes of one slot each."""
+    """One cluster: a login node `ctl` with the SLURM controller, and three nodes of one slot each."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -71,17 +76,19 @@ class Lab:
         Raises:
             LabError: with the reason.
         """
-        for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}[0-9]*"):
             if not Path(f"/proc/{left.name.removeprefix(_PREFIX)}").exists():
                 cls(left).take_down()
         lab = cls(Path(tempfile.gettempdir()) / f"{_PREFIX}{os.getpid()}")
-        if lab.command("tools", timeout_s=20):
-            lab.command("install", timeout_s=240)
+        with (Path(tempfile.gettempdir()) / f"{_PREFIX}install").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # sessions beside this one may want the same packages
+            if lab.command("tools", timeout_s=20):
+                lab.command("install", timeout_s=240)
         return lab
 
     def bring_up(self) -> None:
         """Boot all hosts; returns when SLURM finds them idle."""
-        self.command("up", str(len(NODES)))
+        self.command("up", str(len((*NODES, SPARE))))
         self.command("wait-idle", "60")
 
     def take_down(self) -> None:
@@ -121,7 +128,7 @@ class Lab:
     def mend(self) -> None:
         """Plug in, boot and start what a test has cut, crashed or killed, and cancel its jobs."""
         self.command("up")
-        for node in NODES:
+        for node in (*NODES, SPARE):
             self.command("heal", node)
         self.on("ctl", "scancel", "--full", "--user=root")
         self.on("ctl", "scancel", "--signal=KILL", "--full", "--user=root")
