@@ -39,6 +39,8 @@ class Setting:
     """None where this kind of run has no such setting."""
     is_number: bool
     """What the column holds: numbers, or texts."""
+    comes_first: bool = False
+    """TensorBoard sorts columns by name and shows a few; these come before the others."""
 
 
 def table_of(settings: Sequence[Setting], *, started_at: float) -> list[Summary]:
@@ -49,7 +51,11 @@ def table_of(settings: Sequence[Setting], *, started_at: float) -> list[Summary]
         started_at: Unix seconds.
     """
     columns = [
-        HParamInfo(name=s.name, type=DataType.DATA_TYPE_FLOAT64 if s.is_number else DataType.DATA_TYPE_STRING)
+        HParamInfo(
+            name=s.name,
+            type=DataType.DATA_TYPE_FLOAT64 if s.is_number else DataType.DATA_TYPE_STRING,
+            differs=s.comes_first,  # what "is not the same in all runs" is sorted before the rest
+        )
         for s in settings
     ]
     figures = [MetricInfo(name=MetricName(tag=tag), display_name=tag.removeprefix("hparam/")) for tag in FIGURES]

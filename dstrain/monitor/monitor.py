@@ -142,8 +142,9 @@ class Monitor:
         if config.tensorboard:
             texts = {"configuration": f"```yaml\n{config_text}\n```"} if config_text else {}
             self._tensorboard = TensorBoard(
-                run_folder / "tensorboard", world, start_step=start_step, texts=texts, settings=settings
-            )
+                run_folder / "tensorboard", world, start_step=start_step, texts=texts, absent=self._absent(world),
+                settings=settings,
+            )  # fmt: skip
         self._terminal = TerminalLine(world, max_steps=max_steps)
         name = "resumed" if start_step else "started"
         self.event(
@@ -309,6 +310,15 @@ class Monitor:
             curves["goodput/ratio"] = goodput.ratio
             curves.update({f"goodput/{bucket}": spent for bucket, spent in goodput.seconds.items()})
             self._tensorboard.scalars(report.step, curves)
+
+    def _absent(self, world: World) -> list[str]:
+        """Curves that this run cannot have."""
+        has = {
+            "cost/": self._config.gpu_hour_usd is not None,
+            "throughput/mfu": self._shape is not None and self._peak_tflops is not None,
+            "ranks/": world.size > 1,
+        }
+        return [curve for curve, is_there in has.items() if not is_there]
 
     def _figures(self, state: RunState, goodput: Goodput) -> dict[str, float]:
         """What runs are compared by, over all their restarts."""

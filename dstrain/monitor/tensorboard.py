@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
@@ -29,10 +30,8 @@ _BALANCE = "slowest rank over the median: its own work, waiting for data"
 # Charts of TensorBoard's "custom scalars" page: group -> chart -> curves, as regular expressions.
 LAYOUT: Mapping[str, Mapping[str, Sequence[str]]] = {
     "Loss and accuracy": {
-        "loss": ["train/loss", "evaluation/loss"],
-        "accuracy": ["train/accuracy", "evaluation/accuracy", "evaluation/unigram_accuracy"],
-        "held-out loss of each source": ["evaluation/loss_.*"],
-        "held-out score of the task": ["evaluation/(f1|mcc|spearman|pearson)"],
+        "loss": ["train/loss", "evaluation/loss.*"],
+        "accuracy and scores": ["train/accuracy", "evaluation/.*accuracy", "evaluation/(f1|mcc|spearman|pearson)"],
         "learning rate": ["train/learning_rate"],
     },
     "Throughput and cost": {
@@ -73,6 +72,7 @@ class TensorBoard:
         world: this process's place.
         start_step: optimizer steps already done; points after it are purged.
         texts: title -> Markdown for TensorBoard's text page, such as the configuration.
+        absent: beginnings of names of curves that this run has not; charts of nothing else are left out.
         settings: columns and this run's row of the hyper-parameter page; none leaves the page out.
         retry_seconds: how long points are dropped after a failure before a new file is tried.
     """
@@ -84,6 +84,7 @@ class TensorBoard:
         *,
         start_step: int,
         texts: Mapping[str, str] | None = None,
+        absent: Collection[str] = (),
         settings: Sequence[Setting] = (),
         retry_seconds: float = 60.0,
     ) -> None:
@@ -97,6 +98,7 @@ class TensorBoard:
         self._writer: SummaryWriter | None = None
         self._suffix = ""
         self._texts = dict(texts or {})
+        self._absent = tuple(absent)
         self._settings = tuple(settings)
         self._warned = False
 
@@ -172,12 +174,7 @@ class TensorBoard:
                 filename_suffix=self._suffix,
             )
             self._purge_step = None  # a file opened later in this process takes nothing back
-            self._writer.add_custom_scalars(
-                {
-                    group: {name: ["Multiline", list(tags)] for name, tags in charts.items()}
-                    for group, charts in LAYOUT.items()
-                }
-            )
+            self._writer.add_custom_scalars(_layout(self._absent))
             for title, text in self._texts.items():
                 self._writer.add_text(title, redact(text), 0)
             if self._settings:
@@ -191,6 +188,18 @@ class TensorBoard:
         if not self._warned:
             self._warned = True
             _log.warning("%s: TensorBoard points are being lost (training goes on): %s", self.folder, error)
+
+
+def _layout(absent: tuple[str, ...]) -> dict[str, dict[str, list[Any]]]:
+    """As SummaryWriter takes it, without charts that would stay empty."""
+    return {
+        group: {
+            title: ["Multiline", list(curves)]
+            for title, curves in charts.items()
+            if not all(curve.startswith(absent) for curve in curves)
+        }
+        for group, charts in LAYOUT.items()
+    }
 
 
 def _add(writer: SummaryWriter, *records: Summary) -> None:

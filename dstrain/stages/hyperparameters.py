@@ -21,7 +21,9 @@ NUMBERS = (
     "engine.zero_stage",
 )
 TEXTS = ("optimizer.kind", "optimizer.betas", "schedule.kind", "model.init_from", "run_folder")
-"""Of both stages; a test holds every path to the configuration of at least one."""
+"""Paths of both stages; a test holds every one to the configuration of at least one of them."""
+FIRST = ("stage", "model", "steps", "train.global_batch", "optimizer.learning_rate")
+"""Columns that are looked at first."""
 
 
 def hyperparameters(config: AnyConfig, site: Site, parts: Assembly, *, num_parameters: int) -> list[Setting]:
@@ -34,15 +36,17 @@ def hyperparameters(config: AnyConfig, site: Site, parts: Assembly, *, num_param
         num_parameters: of the model.
     """
     model_type = config.model.config.get("model_type")
+    texts = {
+        "stage": parts.stage, "model": _text(model_type), "precision": site.precision,
+        **{path: _text(_value(config, path)) for path in TEXTS},
+    }  # fmt: skip
+    numbers = {
+        "parameters, M": num_parameters / 1e6, "steps": parts.max_steps, "ranks": site.world.size,
+        **{path: _value(config, path) for path in NUMBERS},
+    }  # fmt: skip
     return [
-        Setting("stage", parts.stage, is_number=False),
-        Setting("model", None if model_type is None else str(model_type), is_number=False),
-        Setting("parameters, M", num_parameters / 1e6, is_number=True),
-        Setting("steps", parts.max_steps, is_number=True),
-        Setting("ranks", site.world.size, is_number=True),
-        Setting("precision", site.precision, is_number=False),
-        *(Setting(path, _value(config, path), is_number=True) for path in NUMBERS),
-        *(Setting(path, _text(_value(config, path)), is_number=False) for path in TEXTS),
+        *(Setting(name, value, is_number=False, comes_first=name in FIRST) for name, value in texts.items()),
+        *(Setting(name, value, is_number=True, comes_first=name in FIRST) for name, value in numbers.items()),
     ]
 
 

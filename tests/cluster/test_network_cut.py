@@ -12,8 +12,10 @@ import pytest
 
 from dstrain.launcher.history import read_history
 from tests.support.cluster import NODES, Lab, Started, wait_until
+from tests.support.cluster_page import page_command
 from tests.support.cluster_runs import MIN_STEP_BUDGET_S, ClusterRun, Result
 from tests.support.runs import ROOT
+from tests.support.slurm_runs import BIN
 
 pytestmark = [pytest.mark.cluster, pytest.mark.fault, pytest.mark.timeout(600)]
 
@@ -62,7 +64,9 @@ def test_a_launcher_over_ssh_does_not_wait_for_the_cut_host_and_starts_again(
     run = ClusterRun.prepare(tmp_path, shards)
     hostfile = tmp_path / "hosts"
     hostfile.write_text("".join(f"{node} slots=1\n" for node in NODES))
-    command = [sys.executable, "-m", "dstrain.cli.main", "launch", "pretrain", run.config, "--hostfile", hostfile]
+    command = page_command("dstrain launch pretrain", {
+        "dstrain": BIN / "dstrain", "configs/bert-base.yaml": run.config, "hosts": hostfile,
+    })  # fmt: skip
     with lab.start("ctl", *command, log=tmp_path / "launch.log") as launcher:
         wait_until(lambda: run.step >= 60, what="step 60", tell=launcher.output)
         lab.command("cut", "node2")

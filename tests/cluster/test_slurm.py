@@ -3,84 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
+import shlex
 import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from dstrain.checkpoint.layout import published_steps
 from dstrain.launcher.history import read_history
-from tests.support.cluster import NODES, Lab, wait_until
+from tests.support.cluster import NODES, SPARE, Lab, wait_until
+from tests.support.cluster_page import page_line
 from tests.support.cluster_runs import ClusterRun, Result
 from tests.support.runs import ROOT
+from tests.support.slurm_runs import BIN, SlurmRun
 
 pytestmark = [pytest.mark.cluster, pytest.mark.fault, pytest.mark.timeout(600)]
-
-BIN = Path(sys.executable).parent
-
-
-class SlurmRun:
-    """A run that `sbatch` starts."""
-
-    def __init__(self, lab: Lab, home: Path, shards: Path, **sections: Any) -> None:
-        self.lab, self.home = lab, home
-        self.run = ClusterRun.prepare(home, shards, **sections)
-        self.log = home / "job.log"
-        self.job = ""
-
-    def submit(self, *options: str, arguments: tuple[str, ...] = ()) -> SlurmRun:
-        """Two nodes, one rank each."""
-        self.job = self.lab.submit(
-            "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--time=10",
-            f"--output={self.log}", f"--export=ALL,PATH={BIN}:{os.environ['PATH']}", *options,
-            ROOT / "slurm/pretrain.sbatch", self.run.config, *arguments,
-        )  # fmt: skip
-        return self
-
-    def wait_for_step(self, step: int) -> None:
-        """Until the run is well under way."""
-        wait_until(lambda: self.run.step >= step, what=f"step {step}", tell=self.tell)
-
-    def wait_for_restart(self, number: int = 1) -> None:
-        """Until SLURM has started the job again."""
-        wait_until(
-            lambda: self.now().restarts >= number and self.now().state == "RUNNING", what="a restart", tell=self.tell
-        )
-
-    def now(self) -> Any:
-        """What the controller says."""
-        return self.lab.job(self.job)
-
-    def finish(self, *, restarts: int) -> Result:
-        """Wait for the end, which must be good and not before so many requeues; returns what the run came to."""
-        wait_until(lambda: self.now().state not in ("RUNNING", "PENDING", "COMPLETING"), what="the end", tell=self.tell)
-        assert (self.now().state, self.now().exit_code) == ("COMPLETED", "0:0"), self.tell()
-        # A busy controller repeats a signal that a node was slow to confirm, even to the job's next start: that is one more.
-        assert self.now().restarts >= restarts, self.tell()
-        return self.run.result()
-
-    def stop_for_good(self) -> None:
-        """End an endless run, once it has gone on from its newest checkpoint."""
-        saved = max(published_steps(self.run.folder / "checkpoints"))[0]
-        self.wait_for_step(saved + 1)
-        (self.run.folder / "stop").touch()
-        assert self.lab.wait_for_job(self.job).exit_code == "82:0", self.tell()
-        assert self.run.step == max(published_steps(self.run.folder / "checkpoints"))[0]
-
-    def causes(self, *, before_attempt: int) -> list[tuple[int, str]]:
-        """Code and cause that each rank of an earlier attempt left."""
-        folder = self.run.folder / f"logs/exit-before-attempt-{before_attempt:04d}"
-        wait_until(folder.exists, what=f"attempt {before_attempt}", tell=self.tell)
-        left = [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
-        return [(words["code"], words["cause"]) for words in left]
-
-    def tell(self) -> str:
-        """For a failure."""
-        log = self.log.read_text(errors="replace")[-5000:] if self.log.exists() else ""
-        return f"{self.now()} at step {self.run.step}\n{log}"
 
 
 @pytest.fixture
@@ -91,7 +27,13 @@ def slurm_run(lab: Lab, tmp_path: Path, shards: Path) -> SlurmRun:
 def test_a_job_runs_to_its_end_with_a_log_for_each_rank_and_another_finds_it_complete(
     slurm_run: SlurmRun, undisturbed: Result
 ) -> None:
-    assert slurm_run.submit().finish(restarts=0) == undisturbed
+    slurm_run.submit().wait_for_step(1)
+    assert slurm_run.job in _looked_at(slurm_run, "squeue --me")
+    _looked_at(slurm_run, "touch RUN/save")
+    assert slurm_run.finish(restarts=0) == undisturbed
+    saved = [int(name.removeprefix("step-")) for name in _looked_at(slurm_run, "ls RUN/checkpoints/").split()]
+    assert max(saved) == 300
+    assert len([step for step in saved if step % 50]) == 1, "one that was asked for, between those that were due"
     logs = slurm_run.run.folder / "logs"
     assert {path.name for path in logs.glob("attempt-0001*")} == {
         "attempt-0001.log", "attempt-0001-rank-00000.log", "attempt-0001-rank-00001.log",
@@ -138,7 +80,7 @@ def test_a_dead_rank_is_started_again_inside_the_allocation_and_a_stop_by_signal
     assert slurm_run.now().restarts == 0
     reached = slurm_run.run.step
     slurm_run.wait_for_step(reached + 5)
-    lab.on("ctl", "scancel", "--signal=TERM", slurm_run.job)
+    slurm_run.save_and_requeue()
     assert slurm_run.finish(restarts=1) == undisturbed
     assert [code for code, _ in slurm_run.causes(before_attempt=2)] == [76, 76]
     assert [code for code, _ in slurm_run.causes(before_attempt=3)] == [75, 75]
@@ -182,26 +124,66 @@ def test_a_power_cut_of_the_first_node_costs_the_steps_since_the_last_save_only(
     assert slurm_run.finish(restarts=1) == undisturbed
 
 
-def test_a_node_that_is_at_fault_is_not_given_the_job_again(lab: Lab, slurm_run: SlurmRun) -> None:
-    slurm_run.submit(arguments=("--max-restarts", "0")).wait_for_step(20)
+def test_a_node_that_is_at_fault_is_left_out_and_the_job_goes_on_with_one_of_another_gpu_type(
+    lab: Lab, slurm_run: SlurmRun, undisturbed: Result
+) -> None:
+    slurm_run.submit("--partition=all", arguments=("--max-restarts", "0")).wait_for_step(20)
+    assert slurm_run.now().nodes == "node[1-2]"
     lab.on("node2", "pkill", "-STOP", "--full", "--newest", f"pretrain --config {slurm_run.run.config}")
-    wait_until(lambda: slurm_run.now().state == "PENDING", what="the requeue", tell=slurm_run.tell)
-    wait_until(lambda: "ExcNodeList=node2" in lab.on("ctl", "scontrol", "show", "job", slurm_run.job), what="node2 excluded",
-               timeout_s=20, tell=slurm_run.tell)  # fmt: skip
+    wait_until(lambda: slurm_run.now().restarts == 1, what="the requeue", tell=slurm_run.tell)
+    assert slurm_run.finish(restarts=1) == undisturbed
     assert "without node2" in slurm_run.log.read_text()
+    assert slurm_run.now().nodes == f"node1,{SPARE}" or slurm_run.now().nodes == "node[1,3]"
+    assert [words["host"] for words in slurm_run.run.exits()] == [NODES[0], SPARE]
+    assert "ExcNodeList=node2" in lab.on("ctl", "scontrol", "show", "job", slurm_run.job)
+    history, exits = _looked_at(slurm_run, "cat RUN/supervisor.json"), _looked_at(slurm_run, "ls RUN/logs/")
+    assert '"node2"' in history
+    assert "attempt-0002-rank-00001.log" in exits
+    assert json.loads(_looked_at(slurm_run, "cat RUN/health/hang-report.json"))["finding"]["host"] == "node2"
+    types = lab.on("ctl", "sinfo", "--noheader", "--partition=all", "--Node", "--format=%N %G").splitlines()
+    assert sorted(types) == ["node1 gpu:a:1", "node2 gpu:a:1", f"{SPARE} gpu:b:1"]
 
 
-def test_shards_built_by_an_array_are_those_of_one_machine(lab: Lab, tmp_path: Path, shards: Path) -> None:
-    home = shards.parent
-    array = lab.submit(
-        "--array=0-2", "--cpus-per-task=1", "--mem-per-cpu=0", "--time=5", f"--output={tmp_path}/%a.log",
-        f"--export=ALL,PATH={BIN}:{os.environ['PATH']}", ROOT / "slurm/build_shards.sbatch",
-        "--input", home / "corpus.jsonl", "--tokenizer", home / "tok", "--out", tmp_path / "shards",
-        "--block-tokens", "1024", "--validation-fraction", "0.1",
-    )  # fmt: skip
-    wait_until(lambda: lab.on("ctl", "squeue", "--noheader", f"--jobs={array}") == "", what="the array's end",
-               tell=lambda: "".join(path.read_text() for path in tmp_path.glob("*.log")))  # fmt: skip
-    assert _tars(tmp_path / "shards") == _tars(shards)
+def test_a_cable_that_is_cut_inside_a_job_ends_both_sides_and_the_job_goes_on_without_that_node(
+    lab: Lab, slurm_run: SlurmRun, undisturbed: Result
+) -> None:
+    slurm_run.submit("--partition=all").wait_for_step(60)
+    lab.command("cut", "node2")
+    wait_until(lambda: not lab.processes("node2", str(slurm_run.run.config)), what="no orphan", tell=slurm_run.tell)
+    assert slurm_run.finish(restarts=1) == undisturbed, "and all the while the cable was cut"
+    assert [words["host"] for words in slurm_run.run.exits()] == [NODES[0], SPARE]
+
+
+def test_a_chain_goes_on_where_the_job_before_ran_out_of_time_and_the_rest_find_it_complete(
+    lab: Lab, tmp_path: Path, shards: Path, undisturbed: Result
+) -> None:
+    run = SlurmRun(lab, tmp_path, shards, stop={"margin_s": 60.0})
+    *loop, command = page_line("for n in 1 2 3 4").removesuffix("; done").partition("; do ")
+    assert loop == ["for n in 1 2 3 4", "; do "]
+    words = [
+        {
+            "slurm/pretrain.sbatch": str(ROOT / "slurm/pretrain.sbatch"),
+            "configs/bert-base.yaml": str(run.run.config),
+        }.get(w, w)
+        for w in shlex.split(command)
+    ]
+    first, second, *rest = [run.queue(words, "--nodes=2", "--time=10") for _ in range(4)]
+    run.job = first
+    run.wait_for_step(20)
+    assert [lab.job(job).state for job in (second, *rest)] == ["PENDING"] * 3
+    lab.on("ctl", "scontrol", "update", f"JobId={first}", "EndTime=now+50")
+    ended = lab.wait_for_job(first)
+    assert (ended.state, ended.exit_code, ended.restarts) == ("FAILED", "75:0", 0), run.tell()
+    for job in (second, *rest):
+        run.job = job
+        assert run.finish(restarts=0) == undisturbed
+    assert run.log.read_text().count("already complete at step 300") == len(rest)
+
+
+def _looked_at(run: SlurmRun, start: str) -> str:
+    """What a line of the page prints on the login node, with this run's folder and job."""
+    words = [word.replace("RUN", str(run.run.folder)).replace("JOB", run.job) for word in shlex.split(page_line(start))]
+    return run.lab.on("ctl", *words)
 
 
 def _is_sound(run: ClusterRun) -> None:
@@ -209,9 +191,3 @@ def _is_sound(run: ClusterRun) -> None:
     command = [BIN / "dstrain", "audit", run.folder]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def _tars(folder: Path) -> dict[str, bytes]:
-    found = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.tar"))}
-    assert found
-    return found

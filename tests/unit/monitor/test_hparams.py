@@ -22,7 +22,7 @@ def settings(rate: float, *, task: int | None = None) -> list[Setting]:
     return [
         Setting("optimizer.learning_rate", rate, is_number=True),
         Setting("task.max_length", task, is_number=True),
-        Setting("stage", "pretrain", is_number=False),
+        Setting("stage", "pretrain", is_number=False, comes_first=True),
         Setting("model.init_from", f"https://user:{SECRET}@host/model", is_number=False),
     ]
 
@@ -75,6 +75,7 @@ def test_every_run_is_a_row_with_its_settings_and_its_figures(tmp_path: Path) ->
     write(tmp_path / "b", rate=2e-3, figures={"hparam/held_out_loss": 3.0}, complete=False, task=64)
     experiment, rows = page(tmp_path)
     assert {info.name for info in experiment.hparam_infos} == {s.name for s in settings(0.0)}
+    assert experiment.hparam_infos[0].name == "stage"
     assert [info.name.tag for info in experiment.metric_infos] == list(FIGURES)
     found = {row.name or row.sessions[0].name: row for row in rows}
     by_rate = {row.hparams["optimizer.learning_rate"].number_value: row for row in found.values()}

@@ -156,7 +156,7 @@ def board(folder):
 
 def full_run(folder):
     """A run that writes all there is to write."""
-    observer = monitor(folder, tensorboard=True, shape=SHAPE, peak_tflops=100.0, gpu_hour_usd=2.0)
+    observer = monitor(folder, world=World(0, 2), tensorboard=True, shape=SHAPE, peak_tflops=100.0, gpu_hour_usd=2.0)
     observer.evaluated(5, {"loss": 2.0, "accuracy": 0.5, "unigram_accuracy": 0.1, "loss_web": 2.5, "f1": 0.5})
     observer.ranks(10, balance([{"data": 0.1, "compute": 0.4, "communication": 0.5}] * 2))
     run(observer, range(1, 11))
@@ -201,6 +201,21 @@ def test_every_chart_of_the_layout_shows_a_curve_that_is_written(tmp_path):
         for chart in group.chart:
             for pattern in chart.multiline.tag:
                 assert any(re.fullmatch(pattern, tag) for tag in written), f"{group.title}, {chart.title}: {pattern}"
+
+
+def charts(folder):
+    tensor = board(folder).Tensors("custom_scalars__config__")[0].tensor_proto
+    return {chart.title for g in layout_pb2.Layout.FromString(tensor.string_val[0]).category for chart in g.chart}
+
+
+def test_a_chart_that_would_stay_empty_is_left_out(tmp_path):
+    full_run(tmp_path / "full")
+    run(monitor(tmp_path / "one", tensorboard=True, shape=SHAPE), range(1, 11))
+    left_out = charts(tmp_path / "full") - charts(tmp_path / "one")
+    every = {chart: curves for group in LAYOUT.values() for chart, curves in group.items()}
+    assert charts(tmp_path / "full") == set(every)
+    assert {curve.split("/")[0] for chart in left_out for curve in every[chart]} == {"cost", "throughput", "ranks"}
+    assert {"cost, US dollars", "model FLOP utilisation", "number of the slowest rank"} <= left_out
 
 
 def test_figures_of_a_run_are_those_of_its_whole_work(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from dstrain.base.world import World
 from dstrain.cli.training import load_stage_config
 from dstrain.stages.config import FinetuneConfig, PretrainConfig
-from dstrain.stages.hyperparameters import NUMBERS, TEXTS, hyperparameters
+from dstrain.stages.hyperparameters import FIRST, NUMBERS, TEXTS, hyperparameters
 from tests.support.runs import ROOT
 
 
@@ -40,6 +40,10 @@ def test_values_are_those_of_the_run() -> None:
     )
     assert found["optimizer.betas"] == "0.9, 0.98"
     assert columns("finetune")["model.init_from"].value == "runs/demo/pretrain"
+
+
+def test_what_people_look_at_first_comes_first() -> None:
+    assert {name for name, setting in columns("pretrain").items() if setting.comes_first} == set(FIRST)
 
 
 @pytest.mark.parametrize("path", [*NUMBERS, *TEXTS])
