@@ -20,13 +20,12 @@ HELD_OUT = ("loss", "accuracy", "f1", "mcc", "spearman", "pearson")
 """Metrics of evaluations that are figures; a run has some of them."""
 
 FIGURES = (
-    *(f"hparam/held_out_{name}" for name in HELD_OUT),
-    "hparam/tokens_per_second",
-    "hparam/mfu",
-    "hparam/cost_usd",
-    "hparam/goodput",
+    *(f"hparam/held_out_{name}" for name in HELD_OUT[:2]),
+    *(f"hparam/{name}" for name in ("tokens_per_second", "mfu", "cost_usd", "goodput")),
+    *(f"hparam/held_out_{name}" for name in HELD_OUT[2:]),
 )
-"""Curves that are columns of the table; the last four are written when a process ends well."""
+"""Curves that are columns of the table, the first few of them shown unasked; what is not held out is written when a process
+ends well."""
 
 
 @dataclass(frozen=True)
