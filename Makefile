@@ -25,7 +25,7 @@ $(DEV): $(INSTALL_INPUTS)
 	@.ci/install dev
 	@touch $(RUNTIME) $@
 
-.PHONY: venv demo test test-cluster check format format-check lint types floors docs versions clean distclean help
+.PHONY: venv demo test test-cluster test-browser check format format-check lint types floors docs versions clean distclean help
 
 venv: $(DEV)  ## set up .venv with dstrain and the development tools
 
@@ -36,7 +36,10 @@ test: $(DEV)  ## run every test that is not marked slow
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-cluster: $(DEV)  ## run the tests on several hosts with a real SLURM, built on this machine (root, apt)
-	@$(BIN)/python -m pytest -m cluster tests/cluster $(ARGS)
+	@$(BIN)/python -m pytest -m cluster -n 2 --dist worksteal tests/cluster $(ARGS)
+
+test-browser: $(DEV)  ## look at TensorBoard's pages in a headless Chromium (Debian: chromium-headless-shell)
+	@$(BIN)/python -m pytest -m browser tests/browser $(ARGS)
 
 check: format-check lint types floors test  ## everything a change must pass: style, lint, types, floors, tests
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dstrain.corpus.build import ShardBuildConfig, build_shards
 from tests.support.cluster import Lab, LabError, missing
 from tests.support.cluster_runs import ClusterRun, Result
 from tests.support.runs import build_tiny_shards, pretrain_job
@@ -37,8 +38,14 @@ def lab(_lab: Lab) -> Iterator[Lab]:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Read-only."""
-    return build_tiny_shards(tmp_path_factory.mktemp("shards"))
+    """Read-only; made by one process as the page's commands make them, beside the corpus and its tokenizer."""
+    home = tmp_path_factory.mktemp("shards")
+    build_tiny_shards(home)
+    by_default = home / "by-default"
+    build_shards(
+        [str(home / "corpus.jsonl")], tokenizer=home / "tok", out=by_default, config=ShardBuildConfig(), quiet=True
+    )
+    return by_default
 
 
 @pytest.fixture(scope="session")
