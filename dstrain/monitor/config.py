@@ -17,7 +17,7 @@ class MonitorConfig(Config):
     """Write TensorBoard curves to `tensorboard/` in the run folder. events.jsonl is written either way."""
     histograms_every: int | None = Field(default=None, ge=1)
     """Optimizer steps between two histograms of every weight and gradient in TensorBoard, 1 or more. None writes none:
-    each pass over the weights takes about as long as one update, and a file grows by some hundred kB a time."""
+    each time every weight and gradient is read once more, and a file grows by a few kB for each tensor."""
     peak_tflops: float | None = Field(default=None, gt=0)
     """Dense bf16 peak of one device, TFLOP/s. None looks the device's name up in a small table; an unknown device has
     no utilisation curve, because a guessed peak would be worse than none."""

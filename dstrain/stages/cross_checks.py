@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -53,6 +54,26 @@ def agree_on_start(control: ControlPlane, config: AnyConfig, data: Mapping[str, 
 def _digest(data: Any) -> str:
     text = json.dumps(data, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def tell_mixed_devices(devices: Sequence[str], monitor: Monitor, *, is_first: bool) -> None:
+    """Local. Say where ranks compute on devices of different kinds: that works, but neither as fast nor as repeatably as on one.
+
+    Args:
+        devices: names, of rank 0, 1, ...
+        monitor: is told of them.
+        is_first: whether this is rank 0.
+    """
+    kinds = Counter(devices)
+    if len(kinds) == 1 or not is_first:
+        return
+    named = ", ".join(f"{count} on {kind}" for kind, count in kinds.most_common())
+    monitor.event("mixed_devices", devices=dict(kinds))
+    _LOG.warning(
+        "ranks compute on devices of different kinds (%s): every step takes as long as on the slowest, and a resume repeats the "
+        "same bits only where each rank has the same kind again; ask the scheduler for one kind, e.g. --gpus-per-node=h100:8",
+        named,
+    )
 
 
 class CrossChecks:

@@ -32,7 +32,7 @@ from dstrain.models.huggingface import architecture_of, facts
 from dstrain.monitor.flops import ModelShape
 from dstrain.monitor.monitor import Monitor
 from dstrain.stages.assembly import AnyConfig, Assembly, Site
-from dstrain.stages.cross_checks import CrossChecks
+from dstrain.stages.cross_checks import CrossChecks, tell_mixed_devices
 from dstrain.stages.environment import describe_environment, package_versions
 from dstrain.stages.hyperparameters import hyperparameters
 from dstrain.stages.learning_rate import learning_rate_of
@@ -303,9 +303,11 @@ class Run:
             manifest=self._manifest, config_yaml=self.config_yaml, tokenizer=self.parts.tokenizer_folder,
         )  # fmt: skip
         self.saving.open(contents, state=lambda: self.state, monitor=self.monitor, past=self.guard.past())
+        places = self.site.control.gather_json([socket.gethostname(), device_name(self.site.device)])
+        tell_mixed_devices([device for _, device in places], self.monitor, is_first=world.is_first)
         self.checks = CrossChecks(
             self.config, self.site.control, weights=self.engine.weights, monitor=self.monitor,
-            hosts=self.site.control.gather_json(socket.gethostname()),
+            hosts=[host for host, _ in places],
         )  # fmt: skip
         self.observers: list[Observer] = [self.checks, self.saving, self.guard]
         if self.engine.compiling.enabled:

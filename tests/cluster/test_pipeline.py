@@ -80,7 +80,7 @@ def _submit(lab: Lab, folder: Path, told: dict[str, Path]) -> dict[str, str]:
     small = {
         "SHARDS_OPTIONS": "--array=0-2 --cpus-per-task=1 --mem-per-cpu=0",
         "PRETRAIN_OPTIONS": "--nodes=2 --ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=1",
-        **{f"{stage.upper()}_OPTIONS": "--cpus-per-task=1" for stage in ("export", "finetune", "evaluate")},
+        **{f"{stage.upper()}_OPTIONS": "--cpus-per-task=1 --mem-per-cpu=0" for stage in ("export", "finetune", "evaluate")},
     }  # fmt: skip
     for stage in STAGES:
         key = f"{stage.upper()}_OPTIONS"

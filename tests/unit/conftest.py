@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -77,3 +79,24 @@ def shards(
     out = tmp_path_factory.mktemp("shards") / "out"
     build_shards([str(corpus)], tokenizer=tokenizer_folder, out=out, config=small_blocks, quiet=True)
     return out
+
+
+class _Messages(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    """What dstrain logged during the test, whatever `configure_logs` did to the logger before."""
+    logger = logging.getLogger("dstrain")
+    handler, level = _Messages(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel("INFO")
+    yield handler.messages
+    logger.removeHandler(handler)
+    logger.setLevel(level)

@@ -14,7 +14,7 @@ from dstrain.base.world import World
 from dstrain.health.consistency import ConsistencyConfig
 from dstrain.health.stragglers import StragglerConfig
 from dstrain.stages import cross_checks
-from dstrain.stages.cross_checks import CrossChecks, agree_on_start
+from dstrain.stages.cross_checks import CrossChecks, agree_on_start, tell_mixed_devices
 
 
 class Control:
@@ -103,6 +103,22 @@ def test_how_evenly_the_ranks_work_is_told_after_every_window():
         found.on_step(RunState(), report(step))
     assert [step for step, _ in found.figures] == [2, 4]
     assert (found.figures[0][1]["slowest"], found.figures[0][1]["work_over_median"]) == (2.0, pytest.approx(2.0))
+
+
+@pytest.mark.parametrize("devices", [["H100"], ["H100"] * 8, ["AMD EPYC"] * 2])
+def test_devices_of_one_kind_are_no_news(devices, messages):
+    tell_mixed_devices(devices, None, is_first=True)
+    assert messages == []
+
+
+def test_devices_of_different_kinds_are_told_once(messages):
+    events = []
+    monitor = SimpleNamespace(event=lambda name, **fields: events.append((name, fields)))
+    for rank in range(3):
+        tell_mixed_devices(["A100", "H100", "H100"], monitor, is_first=rank == 0)
+    assert events == [("mixed_devices", {"devices": {"H100": 2, "A100": 1}})]
+    (line,) = messages
+    assert "2 on H100, 1 on A100" in line
 
 
 def test_ranks_with_another_configuration_data_or_code_do_not_start(monkeypatch):
