@@ -1,22 +1,23 @@
 """Attention inside segments of one flat, unpadded row of tokens: no padding, and no token sees another document.
 
-Shapes: h heads, T tokens of all segments back to back, d head width. On CUDA in half precision the varlen flash kernel of
-torch does it in one call; elsewhere, segments of equal length are one batched `scaled_dot_product_attention` on views (a
-micro-batch holds its segments longest first, so equal lengths lie side by side), which never computes a masked-out block.
+Shapes: h heads, T tokens of all segments back to back, d head width. The kernel is chosen by `models.attention_kernels`.
+Without one for packed segments, those of equal length are one batched `scaled_dot_product_attention` on views (a micro-batch
+holds its segments longest first, so equal lengths lie side by side), which never computes a masked-out block.
 Does not know Hugging Face; `models.huggingface` plugs it in.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from dstrain.models.attention_kernels import attend_flash, attend_flex, attend_varlen, segment_block_mask
 
 
 @dataclass(frozen=True)
@@ -28,25 +29,32 @@ class SegmentLayout:
     cu_seqlens: Tensor
     """(N+1,) int32 segment boundaries on the tokens' device."""
     max_length: int
-    varlen: bool
-    """Whether the varlen kernel may serve this forward."""
+    kernel: str = "sdpa"
+    """A name of `attention_kernels`."""
+    block_masks: dict[int | None, Any] = field(default_factory=dict, compare=False)
+    """FlexAttention's, by window; made when first needed."""
+
+    def block_mask(self, window: int | None) -> Any:
+        """FlexAttention's mask for these segments."""
+        if window not in self.block_masks:
+            total = sum(length * count for length, count in self.groups)
+            self.block_masks[window] = segment_block_mask(self.cu_seqlens, total, window)
+        return self.block_masks[window]
 
 
-def segment_layout(lengths: Sequence[int], *, device: torch.device, dtype: torch.dtype) -> SegmentLayout:
+def segment_layout(lengths: Sequence[int], *, device: torch.device, kernel: str = "sdpa") -> SegmentLayout:
     """Describe the segments of a micro-batch.
 
     Args:
         lengths: (N,) token counts in order; equal ones should be neighbours.
         device: of the tokens.
-        dtype: of the hidden states; only half precision on CUDA has a varlen kernel.
+        kernel: a name of `attention_kernels`, able to serve there.
     """
     groups = tuple((length, len(list(run))) for length, run in groupby(lengths))
     ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    half = dtype in (torch.float16, torch.bfloat16)
-    varlen = device.type == "cuda" and half and _varlen_kernel() is not None
     if device.type == "cuda":
         ends = ends.pin_memory().to(device, non_blocking=True)
-    return SegmentLayout(groups=groups, cu_seqlens=ends, max_length=max(lengths), varlen=varlen)
+    return SegmentLayout(groups=groups, cu_seqlens=ends, max_length=max(lengths), kernel=kernel)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -77,9 +85,27 @@ def segment_attention(
     Returns:
         (1, T, h, d).
     """
-    kernel = _varlen_kernel() if layout.varlen and dropout == 0.0 else None
-    if kernel is not None:
-        return kernel(query, key, value, layout, scale, window)
+    if layout.kernel == "flex":
+        return attend_flex(query, key, value, layout.block_mask(window), scale).transpose(1, 2)
+    if layout.kernel in ("varlen", "flash-attn"):
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, h, d)
+        where = (layout.cu_seqlens, layout.max_length)
+        if layout.kernel == "varlen":
+            return attend_varlen(q, k, v, *where, scale, window)[None]
+        return attend_flash(q, k, v, *where, scale, window, dropout=dropout)[None]
+    return _by_length(query, key, value, layout, scale=scale, dropout=dropout, window=window)
+
+
+def _by_length(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: SegmentLayout,
+    *,
+    scale: float,
+    dropout: float,
+    window: int | None,
+) -> Tensor:
     outputs = []
     # One split, not slices: its backward is one concatenation, where each slice would fill a whole gradient with zeros.
     sizes = [length * count for length, count in layout.groups]
@@ -100,33 +126,3 @@ def _batched(x: Tensor, count: int, length: int) -> Tensor:
 def _band(length: int, window: int, device: torch.device) -> Tensor:
     index = torch.arange(length, device=device)
     return (index[:, None] - index[None, :]).abs() <= window
-
-
-Kernel = Callable[[Tensor, Tensor, Tensor, SegmentLayout, float, "int | None"], Tensor]
-
-
-@lru_cache(maxsize=1)
-def _varlen_kernel() -> Kernel | None:
-    """The varlen attention of torch behind one signature, or None where this version lacks what is needed (scale, window)."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  (absent before torch 2.10)
-    except ImportError:
-        return None
-    known = inspect.signature(varlen_attn).parameters
-    if "scale" not in known or "window_size" not in known:
-        return None
-
-    def kernel(
-        query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, scale: float, window: int | None
-    ) -> Tensor:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, h, d)
-        side = -1 if window is None else window
-        out = varlen_attn(
-            q, k, v, layout.cu_seqlens, layout.cu_seqlens, layout.max_length, layout.max_length,
-            scale=scale, window_size=(side, side),
-        )  # fmt: skip
-        if isinstance(out, tuple):
-            out = out[0]
-        return out.unsqueeze(0)
-
-    return kernel

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from dstrain.base.config import Config
+from dstrain.models.attention_kernels import KernelChoice
 
 DSTRAIN_ENCODER_TYPE = "modernbert"
 """transformers' name of the architecture that `kind: dstrain-encoder` runs."""
@@ -28,6 +29,9 @@ class ModelConfig(Config):
     attention: Literal["auto", "unpadded", "padded"] = "auto"
     """unpadded: one flat row, attention inside documents only, nothing computed on padding. padded: one padded row per
     document, for models outside transformers' attention interface. auto: unpadded where a self-check proves it equal."""
+    attention_kernel: KernelChoice = "auto"
+    """What attends inside documents when unpadded: varlen (torch's flash attention), flash-attn (where installed), flex
+    (FlexAttention), sdpa (documents of equal length together; the only one on a CPU). auto: the first that can serve."""
     pad_vocab_to: int = Field(default=8, ge=1)
     """Round the embedding up to a multiple of this; 64 suits GPU matrix kernels, 1 keeps the tokenizer's size exactly."""
 

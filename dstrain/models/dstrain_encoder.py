@@ -107,12 +107,12 @@ class DstrainEncoder(nn.Module):
         """The layers, in order."""
         return [cast(Block, layer) for layer in cast(nn.ModuleList, self.model["layers"])]
 
-    def hidden_states(self, batch: MicroBatch) -> Tensor:
-        """(T, H) after the last norm."""
+    def hidden_states(self, batch: MicroBatch, *, kernel: str = "sdpa") -> Tensor:
+        """(T, H) after the last norm; `kernel` is a name of `attention_kernels`."""
         embeddings = cast(Mapping[str, nn.Module], self.model["embeddings"])
         x: Tensor = embeddings["norm"](embeddings["tok_embeddings"](batch.tokens))
         x = functional.dropout(x, float(self.config.embedding_dropout), self.training)
-        layout = segment_layout(batch.lengths, device=x.device, dtype=x.dtype)
+        layout = segment_layout(batch.lengths, device=x.device, kernel=kernel)
         rotations = {
             kind: tuple(part[0] for part in self.rotary(x, batch.positions[None], kind))
             for kind in sorted({block.kind for block in self.blocks})
@@ -121,9 +121,11 @@ class DstrainEncoder(nn.Module):
             x = block(x, rotations[block.kind], layout)
         return cast(Tensor, self.model["final_norm"](x))
 
-    def forward(self, batch: MicroBatch, head_loss: HeadLoss | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, batch: MicroBatch, head_loss: HeadLoss | None = None, *, kernel: str = "sdpa"
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (M, vocab) at `batch.targets`; or what `head_loss` makes of the states that would become logits."""
-        states = self.hidden_states(batch)[batch.targets]
+        states = self.hidden_states(batch, kernel=kernel)[batch.targets]
         states = self.head["norm"](self.head_activation(self.head["dense"](states)))
         self._loss = head_loss
         try:
@@ -150,8 +152,9 @@ class DstrainMaskedLanguageModel(nn.Module):
     def __init__(self, model: Any) -> None:
         """Wrap a `ModernBertForMaskedLM`, whose weights it takes over."""
         super().__init__()
+        self.kernel = "sdpa"
         self.model = DstrainEncoder(model)
 
     def forward(self, batch: MicroBatch, head_loss: HeadLoss | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """See `DstrainEncoder.forward`."""
-        return cast("Tensor | tuple[Tensor, Tensor]", self.model(batch, head_loss))
+        return cast("Tensor | tuple[Tensor, Tensor]", self.model(batch, head_loss, kernel=self.kernel))

@@ -43,6 +43,7 @@ class MaskedLanguageModel(nn.Module):
         """
         super().__init__()
         self.model = model
+        self.kernel = "sdpa"
         self._rows: Tensor | None = None
         model.base_model.register_forward_hook(self._keep_target_rows, with_kwargs=False)
         self.attention, self.attention_reason = choose_attention(self, attention, segments_are_targets=False)
@@ -52,7 +53,7 @@ class MaskedLanguageModel(nn.Module):
     def forward(self, batch: MicroBatch, head_loss: HeadLoss | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (M, vocab) at `batch.targets`; or what `head_loss` makes of the states that would become logits."""
         if self.attention == "unpadded":
-            inputs = unpadded_inputs(self.model, batch)
+            inputs = unpadded_inputs(self.model, batch, kernel=self.kernel)
             self._rows = batch.targets
         else:
             inputs, width = padded_inputs(batch, pad_id=_pad_id(self.model))
@@ -85,6 +86,7 @@ class SequenceClassifier(nn.Module):
         """Wrap a `...ForSequenceClassification`; see `MaskedLanguageModel` for the arguments."""
         super().__init__()
         self.model = model
+        self.kernel = "sdpa"
         self._lengths: tuple[int, ...] | None = None
         model.base_model.register_forward_hook(self._lay_out_hidden)
         pooler = getattr(model.base_model, "pooler", None)
@@ -98,7 +100,7 @@ class SequenceClassifier(nn.Module):
         has_types = getattr(self.model.config, "type_vocab_size", 0) > 1
         types = batch.token_types if has_types else None
         if self.attention == "unpadded":
-            flat = unpadded_inputs(self.model, batch, token_types=types)
+            flat = unpadded_inputs(self.model, batch, kernel=self.kernel, token_types=types)
             inputs = {**flat, "attention_mask": inputs["attention_mask"]}  # for a head that takes the mean of a row
             self._lengths = batch.lengths
         elif types is not None:

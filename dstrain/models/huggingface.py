@@ -28,8 +28,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 
+from dstrain.base.device import Precision
 from dstrain.base.errors import ConfigError
 from dstrain.base.logs import get_logger
+from dstrain.models.attention_kernels import Circumstances, KernelChoice, choose_kernel
 from dstrain.models.config import DSTRAIN_ENCODER_TYPE, ModelConfig, ModelFacts
 from dstrain.models.dstrain_encoder import DstrainMaskedLanguageModel
 from dstrain.models.encoders import MaskedLanguageModel, SequenceClassifier
@@ -48,6 +50,8 @@ _UNLISTED_FIELDS = {
     ),
 }  # fmt: skip
 """Fields that transformers reads and published configurations carry, but its configuration classes do not list."""
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 _LOG = get_logger(__name__)
 
@@ -206,6 +210,32 @@ def facts(module: nn.Module) -> ModelFacts:
         attention=str(module.attention),
         attention_reason=str(module.attention_reason),
     )
+
+
+def choose_attention_kernel(module: nn.Module, wanted: KernelChoice, *, device: str, precision: Precision) -> str:
+    """Choose what attends inside segments, tell the wrapped model, and say why; padded models have transformers' own.
+
+    Args:
+        module: a wrapped model.
+        wanted: `model.attention_kernel`.
+        device: that it will train on, cpu or cuda.
+        precision: that it will compute in.
+
+    Raises:
+        ConfigError: the kernel asked for cannot serve there.
+    """
+    if module.attention != "unpadded":
+        return f"attention kernel: transformers' own, for padded rows ({module.attention_reason})"
+    config = cast(PreTrainedModel, module.model).config
+    heads = _first_field(config, "num_attention_heads", "n_heads")
+    dropouts = (getattr(config, name, None) for name in ("attention_probs_dropout_prob", "attention_dropout"))
+    at = Circumstances(
+        device=device, dtype=_DTYPES[precision], head_width=_first_field(config, "hidden_size", "dim") // max(1, heads),
+        dropout=float(next((value for value in dropouts if value is not None), 0.0)),
+    )  # fmt: skip
+    choice = choose_kernel(wanted, at)
+    module.kernel = choice.name  # type: ignore[assignment]
+    return f"attention kernel: {choice.name} ({choice.reason})"
 
 
 def _first_field(config: PretrainedConfig, *names: str) -> int:

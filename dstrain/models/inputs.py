@@ -22,15 +22,14 @@ def position_offset(model: Any) -> int:
     return 0
 
 
-def unpadded_inputs(model: Any, batch: MicroBatch, *, token_types: Tensor | None = None) -> dict[str, Any]:
+def unpadded_inputs(
+    model: Any, batch: MicroBatch, *, kernel: str = "sdpa", token_types: Tensor | None = None
+) -> dict[str, Any]:
     """Forward arguments of one flat row; `segments` reaches the attention function through transformers' kwargs."""
-    dtype = next(model.parameters()).dtype
-    if torch.is_autocast_enabled(batch.tokens.device.type):
-        dtype = torch.get_autocast_dtype(batch.tokens.device.type)
     inputs: dict[str, Any] = {
         "input_ids": batch.tokens[None],
         "position_ids": batch.positions[None] + position_offset(model),
-        "segments": segment_layout(batch.lengths, device=batch.tokens.device, dtype=dtype),
+        "segments": segment_layout(batch.lengths, device=batch.tokens.device, kernel=kernel),
     }
     if token_types is not None:
         inputs["token_type_ids"] = token_types[None]

@@ -18,7 +18,7 @@ from dstrain.data.plan import num_micro_batches
 from dstrain.data.tokenizer import Tokenizer
 from dstrain.health.signals import StopRequest
 from dstrain.models.encoders import SequenceClassifier
-from dstrain.models.huggingface import build_classifier, facts, initialise
+from dstrain.models.huggingface import build_classifier, choose_attention_kernel, facts, initialise
 from dstrain.objectives.supervised import ClassificationObjective, RegressionObjective
 from dstrain.stages.assembly import Assembly, Site, seed_weights
 from dstrain.stages.config import FinetuneConfig
@@ -81,6 +81,7 @@ def assemble(config: FinetuneConfig, site: Site) -> Assembly:
         extra={"task": config.task.kind, "labels": list(task.labels or ()), "init_from": config.model.init_from or ""},
         mean_context=float(np.square(encoded.lengths).sum() / max(1, encoded.lengths.sum())),
         notes=(
+            choose_attention_kernel(model, config.model.attention_kernel, device=site.device, precision=site.precision),
             f"task: {len(task.train)} training and {len(task.validation)} validation examples"
             + (f", labels {', '.join(task.labels)}" if task.labels else ""),
             f"new parameters: {', '.join(fresh) or 'none'}" if origin else "random weights: model.init_from is not set",

@@ -14,7 +14,7 @@ from dstrain.data.tokenizer import Tokenizer
 from dstrain.health.signals import StopRequest
 from dstrain.models.dstrain_encoder import DstrainMaskedLanguageModel
 from dstrain.models.encoders import MaskedLanguageModel
-from dstrain.models.huggingface import build_masked_lm, facts, initialise
+from dstrain.models.huggingface import build_masked_lm, choose_attention_kernel, facts, initialise
 from dstrain.objectives.mlm import MlmObjective
 from dstrain.stages.assembly import Assembly, Site, seed_weights
 from dstrain.stages.config import PretrainConfig
@@ -50,6 +50,7 @@ def assemble(config: PretrainConfig, site: Site) -> Assembly:
     """
     data = open_training_data(config, site.world, should_leave=site.should_leave)
     model = build_model(config, data.tokenizer)
+    kernel = choose_attention_kernel(model, config.model.attention_kernel, device=site.device, precision=site.precision)
     compiling = choose_compiling(config.engine, device=site.device, unpadded=model.attention == "unpadded")
     return Assembly(
         stage="pretrain",
@@ -66,7 +67,7 @@ def assemble(config: PretrainConfig, site: Site) -> Assembly:
         evaluate=Evaluation(config, data, site),
         extra={"data_tokens": data.num_tokens, "data_documents": data.num_documents},
         mean_context=mean_context(data, config.data.sequence_length),
-        notes=tuple(_notes(config, data)),
+        notes=(kernel, *_notes(config, data)),
     )
 
 

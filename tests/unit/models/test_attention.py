@@ -18,7 +18,7 @@ windows = st.one_of(st.none(), st.integers(0, 13))
 
 
 def layout_of(lengths: tuple[int, ...]) -> SegmentLayout:
-    return segment_layout(lengths, device=CPU, dtype=torch.float32)
+    return segment_layout(lengths, device=CPU)
 
 
 def random_qkv(lengths: tuple[int, ...], seed: int = 0) -> list[Tensor]:
@@ -101,7 +101,3 @@ def test_equal_neighbours_are_one_group() -> None:
     assert layout.cu_seqlens.tolist() == [0, 5, 10, 15, 18, 23]
     assert layout.cu_seqlens.dtype == torch.int32
     assert layout.max_length == 5
-
-
-def test_the_varlen_kernel_is_not_for_a_processor() -> None:
-    assert not segment_layout((3,), device=CPU, dtype=torch.bfloat16).varlen

@@ -1,0 +1,173 @@
+"""Which kernel attends inside segments, chosen once for a device and dtype, with the reason in words.
+
+    varlen      torch.nn.attention.varlen (flash attention inside torch): CUDA, half precision, no dropout
+    flash-attn  the package of that name where it is installed: CUDA, half precision, dropout as well
+    flex        FlexAttention with a block mask made for each micro-batch: CUDA, no dropout
+    sdpa        scaled_dot_product_attention, equal lengths batched: everywhere, and on a CPU the only one
+
+None of them computes blocks that lie between two segments. Shapes as in `models.attention`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from dstrain.base.errors import ConfigError
+
+KernelChoice = Literal["auto", "varlen", "flash-attn", "flex", "sdpa"]
+_IN_ORDER = ("varlen", "flash-attn", "flex", "sdpa")
+_WIDEST_HEAD = 256
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel and why it is that one."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What decides which kernels can serve."""
+
+    device: str
+    """cpu or cuda."""
+    dtype: torch.dtype
+    """Of queries."""
+    head_width: int
+    dropout: float
+    """On attention weights, in training."""
+
+
+def choose_kernel(wanted: KernelChoice, at: Circumstances) -> Choice:
+    """The kernel for these circumstances.
+
+    Args:
+        wanted: auto takes the first that can serve, in the order of this module's docstring.
+        at: device, dtype, head width and dropout.
+
+    Raises:
+        ConfigError: the one asked for cannot serve here.
+    """
+    obstacles: list[str] = []
+    for name in _IN_ORDER if wanted == "auto" else (wanted,):
+        obstacle = why_not(name, at)
+        if obstacle is None:
+            return Choice(
+                name, "; ".join(obstacles) if obstacles else ("asked for" if wanted != "auto" else "the fastest here")
+            )
+        if wanted != "auto":
+            raise ConfigError(f"model.attention_kernel: {wanted} is not possible here: {obstacle}; use auto")
+        if at.device == "cuda":
+            obstacles.append(f"no {name}: {obstacle}")
+    return Choice("sdpa", "; ".join(obstacles))
+
+
+def why_not(name: str, at: Circumstances) -> str | None:
+    """Why a kernel cannot serve, or None when it can."""
+    if name == "sdpa":
+        return None
+    if at.device != "cuda":
+        return "it runs on CUDA devices only"
+    if name != "flex" and at.dtype not in _HALF:
+        return f"it computes in bf16 and fp16, not in {str(at.dtype).removeprefix('torch.')}"
+    if at.head_width > _WIDEST_HEAD or at.head_width % 8:
+        return f"heads of {at.head_width} are not a multiple of 8 up to {_WIDEST_HEAD}"
+    if at.dropout and name != "flash-attn":
+        return (
+            f"it has no dropout on attention weights ({at.dropout:g} here; 0 is faster and does not hurt a pretraining)"
+        )
+    return _missing(name)
+
+
+def _missing(name: str) -> str | None:
+    if name == "varlen":
+        return (
+            None
+            if _varlen_function() is not None
+            else f"torch {torch.__version__} does not have it with scale and window"
+        )
+    if name == "flash-attn":
+        return None if importlib.util.find_spec("flash_attn") is not None else "the package flash-attn is not installed"
+    return None
+
+
+def attend_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float, window: int | None
+) -> Tensor:
+    """(T, h, d) each to (T, h, d), by torch's kernel; `window` tokens to each side, None sees the whole segment."""
+    function = _varlen_function()
+    assert function is not None
+    side = -1 if window is None else window
+    out = function(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=(side, side))
+    return cast(Tensor, out[0] if isinstance(out, tuple) else out)
+
+
+def attend_flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    longest: int,
+    scale: float,
+    window: int | None,
+    *,
+    dropout: float,
+) -> Tensor:
+    """The same by the flash-attn package, with dropout."""
+    package: Any = importlib.import_module("flash_attn")
+    side = -1 if window is None else window
+    out: Tensor = package.flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, longest, longest, dropout_p=dropout, softmax_scale=scale, causal=False,
+        window_size=(side, side),
+    )  # fmt: skip
+    return out
+
+
+def segment_block_mask(cu_seqlens: Tensor, num_tokens: int, window: int | None) -> Any:
+    """FlexAttention's block mask: same segment, and within the window."""
+    from torch.nn.attention.flex_attention import create_block_mask  # noqa: PLC0415  (imports inductor)
+
+    index = torch.arange(num_tokens, device=cu_seqlens.device, dtype=torch.int32)
+    segment = torch.searchsorted(cu_seqlens[1:].contiguous(), index, right=True)
+
+    def allowed(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        same = segment[query] == segment[key]
+        return same if window is None else same & ((query - key).abs() <= window)
+
+    return create_block_mask(allowed, None, None, num_tokens, num_tokens, device=str(cu_seqlens.device))
+
+
+def attend_flex(query: Tensor, key: Tensor, value: Tensor, block_mask: Any, scale: float) -> Tensor:
+    """(1, h, T, d) each to (1, h, T, d), by FlexAttention; compiled on CUDA, as it must be to skip blocks."""
+    out: Tensor = _flex_function(query.device.type)(query, key, value, block_mask=block_mask, scale=scale)
+    return out
+
+
+@lru_cache(maxsize=2)
+def _flex_function(device: str) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention  # noqa: PLC0415
+
+    plain = cast("Callable[..., Any]", flex_attention)
+    return torch.compile(plain, dynamic=False) if device == "cuda" else plain
+
+
+@lru_cache(maxsize=1)
+def _varlen_function() -> Callable[..., Any] | None:
+    """Torch's varlen attention, or None where this version lacks what is needed (scale, window)."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  (absent before torch 2.10)
+    except ImportError:
+        return None
+    known = inspect.signature(varlen_attn).parameters
+    return cast("Callable[..., Any]", varlen_attn) if "scale" in known and "window_size" in known else None
