@@ -189,3 +189,10 @@ def test_tensorboard_without_a_folder_says_how_it_is_used(tmp_path: Path) -> Non
     status, calls = _run(tmp_path, "tensorboard.sbatch", environment=_NODE)
     assert (status, calls) == (78, [])
     assert "sbatch slurm/tensorboard.sbatch runs/" in (tmp_path / "printed").read_text()
+
+
+def test_scripts_here_are_those_that_dstrain_launch_submits() -> None:
+    packaged = ROOT / "dstrain/launcher/batch_scripts"
+    names = [path.name for path in packaged.iterdir()]
+    assert len(names) == 5
+    assert [(ROOT / "slurm" / name).resolve() for name in names] == [packaged / name for name in names]

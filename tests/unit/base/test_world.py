@@ -1,7 +1,10 @@
+import os
+import shutil
 import socket
+import subprocess
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dstrain.base.errors import ConfigError
@@ -197,3 +200,57 @@ def test_a_node_list_that_cannot_be_read_is_refused(text):
 def test_a_range_of_any_width_expands_to_its_numbers(low, count, width):
     text = f"n[{low:0{width}d}-{low + count:0{width}d}]"
     assert expand_nodelist(text) == [f"n{low + i:0{width}d}" for i in range(count + 1)]
+
+
+_PREFIX = st.from_regex(r"[a-z]([a-z0-9-]{0,4}[a-z])?", fullmatch=True)
+
+
+@st.composite
+def _ranges(draw):
+    """What stands in brackets, with and without leading zeros."""
+    parts = []
+    for _ in range(draw(st.integers(1, 3))):
+        width, low, count = draw(st.integers(1, 3)), draw(st.integers(0, 120)), draw(st.integers(0, 5))
+        parts.append(f"{low:0{width}d}" + (f"-{low + count:0{width}d}" if count else ""))
+    return ",".join(parts)
+
+
+_ITEM = st.builds(lambda names, numbers: "".join(f"{n}[{r}]" for n, r in zip(names, numbers)) or names[0],
+                  st.lists(_PREFIX, min_size=2, max_size=2), st.lists(_ranges(), max_size=2))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scontrol(tmp_path_factory):
+    """`scontrol show hostnames`, which needs a configuration but no controller."""
+    program = shutil.which("scontrol")
+    if program is None:
+        pytest.skip("needs scontrol; the table above holds its answers")
+    conf = tmp_path_factory.mktemp("slurm") / "slurm.conf"
+    conf.write_text("ClusterName=none\nSlurmctldHost=localhost\n")
+
+    def expand(text):
+        done = subprocess.run(
+            [program, "show", "hostnames", text], env={**os.environ, "SLURM_CONF": str(conf)}, capture_output=True, text=True, check=False
+        )  # fmt: skip
+        return None if done.returncode or "nvalid" in done.stdout + done.stderr else done.stdout.split()
+
+    return expand
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(items=st.lists(_ITEM, min_size=1, max_size=3))
+def test_whatever_scontrol_expands_is_expanded_alike(scontrol, items):
+    text = ",".join(items)
+    theirs = scontrol(text)
+    assert theirs, f"scontrol refuses {text}: the test makes what SLURM does not"
+    assert expand_nodelist(text) == theirs
+
+
+@given(st.text(alphabet=st.sampled_from("ab1029-[],.;$ \n\0é"), max_size=25))
+def test_any_text_gives_host_names_or_a_refusal(text):
+    try:
+        hosts = expand_nodelist(text)
+    except ConfigError:
+        return
+    assert hosts
+    assert all(set(host) <= set("ab1029-.") and host[0] != "-" for host in hosts)
