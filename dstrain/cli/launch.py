@@ -26,7 +26,9 @@ _EXAMPLES = {
   dstrain launch evaluate runs/bert-base --step 1000""",
     "shards": """
   dstrain launch shards --input 'corpus/*.jsonl.gz' --tokenizer tok/ --out shards/ --array 0-15   (a SLURM array)
-  dstrain launch shards shards.yaml --workers 8      (the same names in a file, processes of this machine)""",
+  dstrain launch shards shards.yaml --workers 8      (the same names in a file, processes of this machine)
+
+Started here, a build has its history and logs in .launch-NAME beside --out. As an array, each element has its log.""",
     "export": """
   dstrain launch export runs/bert-base --out hf/""",
 }

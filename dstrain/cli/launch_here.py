@@ -43,7 +43,8 @@ def start_stage(args: argparse.Namespace, plan: StagePlan, choice: Choice, polic
     # Refuses what cannot be started before anything is made.
     build_command(layout, job.arguments, port=1, hostfile=hostfile, folder=str(Path.cwd()))
     say(f"{choice.way}: {choice.why}")
-    make_private(job.run_folder)
+    if plan.has_ranks:  # shards and exports are for others too; their logs are private anyway
+        make_private(job.run_folder)
     code = supervisor.Supervisor(job, policy, say=say, out=sys.stdout.buffer, environment=environment).run()
     if args.unhealthy_hosts is not None:
         _write_unhealthy_hosts(args.unhealthy_hosts, job.run_folder if code == ExitCode.UNHEALTHY_NODE else None)

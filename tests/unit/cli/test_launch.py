@@ -172,6 +172,25 @@ def test_hosts_that_are_unhealthy_are_written_where_a_script_wants_them(
     assert (tmp_path / "bad").read_text() == written
 
 
+@pytest.mark.parametrize(("stage", "mask"), [("shards", 0o022), ("pretrain", 0o077)])
+def test_runs_are_private_and_shards_are_not(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, mask: int
+) -> None:
+    from dstrain.launcher import supervisor
+
+    class Ends:
+        def __init__(self, job: Any, policy: Any, **_: Any) -> None:
+            assert job.run_folder == tmp_path / (".launch-out" if stage == "shards" else "run")
+
+        def run(self) -> int:
+            return 0
+
+    monkeypatch.setattr(supervisor, "Supervisor", Ends)
+    build = ["--input", "a", "--tokenizer", "t", "--out", str(tmp_path / "out")]
+    assert main(["launch", stage, *(build if stage == "shards" else [str(config)])]) == 0
+    assert os.umask(0o022) == mask
+
+
 def test_a_closed_terminal_does_not_stop_the_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:
     class Closed:
         def write(self, text: str) -> int:
