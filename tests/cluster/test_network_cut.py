@@ -64,7 +64,7 @@ def test_a_launcher_over_ssh_does_not_wait_for_the_cut_host_and_starts_again(
     run = ClusterRun.prepare(tmp_path, shards)
     hostfile = tmp_path / "hosts"
     hostfile.write_text("".join(f"{node} slots=1\n" for node in NODES))
-    command = page_command("dstrain launch pretrain", {
+    command = page_command("dstrain launch pretrain configs/bert-base.yaml --hostfile", {
         "dstrain": BIN / "dstrain", "configs/bert-base.yaml": run.config, "hosts": hostfile,
     })  # fmt: skip
     with lab.start("ctl", *command, log=tmp_path / "launch.log") as launcher:
