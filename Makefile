@@ -38,7 +38,7 @@ test: $(DEV)  ## run every test that is not marked slow
 test-cluster: $(DEV)  ## run the tests on several hosts with a real SLURM, built on this machine (root, apt)
 	@$(BIN)/python -m pytest -m cluster -n 2 --dist worksteal tests/cluster $(ARGS)
 
-test-browser: $(DEV)  ## look at TensorBoard's pages in a headless Chromium (Debian: chromium-headless-shell)
+test-browser: $(DEV)  ## look at TensorBoard's pages in a headless Chromium (fetched with apt as root where there is none)
 	@$(BIN)/python -m pytest -m browser tests/browser $(ARGS)
 
 check: format-check lint types floors test  ## everything a change must pass: style, lint, types, floors, tests

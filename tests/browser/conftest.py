@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.browser import Browser, missing
+from tests.support.browser import Browser, obtain
 
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    reason = missing()
+    reason = obtain()
     if reason:
         pytest.skip(reason)
     with Browser(width=1600, height=1200) as started:
