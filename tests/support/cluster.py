@@ -154,7 +154,7 @@ class Lab:
         )
         return Job(fields["JobState"], int(fields["Restarts"]), fields["ExitCode"], fields.get("NodeList", ""))
 
-    def wait_for_job(self, number: str, *states: str, timeout_s: float = 240) -> Job:
+    def wait_for_job(self, number: str, *states: str, timeout_s: float = 300) -> Job:
         """Until a job is in one of the states (default: the final ones)."""
         wanted = states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
         wait_until(lambda: self.job(number).state in wanted, what=f"job {number} in {wanted}", timeout_s=timeout_s,
@@ -189,7 +189,7 @@ class Started:
 
 
 def wait_until(
-    condition: Callable[[], bool], *, what: str, timeout_s: float = 240, tell: Callable[[], str] = lambda: ""
+    condition: Callable[[], bool], *, what: str, timeout_s: float = 300, tell: Callable[[], str] = lambda: ""
 ) -> None:
     """Poll until a condition holds; fails with what it was and what `tell` says."""
     deadline = time.monotonic() + timeout_s
