@@ -24,7 +24,13 @@ from dstrain.launcher.node_view import interfaces, look_at_node
 from dstrain.launcher.policy import RestartPolicy
 from dstrain.launcher.rank_environment import check_interface
 from dstrain.launcher.run_files import LOGS, last_events
-from dstrain.launcher.start_checks import check_batch, check_gpus, check_port, check_shared
+from dstrain.launcher.start_checks import (
+    check_batch,
+    check_deepspeed_environment,
+    check_gpus,
+    check_port,
+    check_shared,
+)
 from dstrain.launcher.starters import Layout, build_command
 from dstrain.launcher.supervisor import Job
 from dstrain.launcher.time_limit import check_grace, longest_save_s
@@ -101,6 +107,8 @@ def _check_before_a_start(
     args: argparse.Namespace, plan: StagePlan, layout: Layout, policy: RestartPolicy, gpus: int
 ) -> None:
     check_shared(plan.run_folder, hosts=len(layout.hosts))
+    if layout.hosts and layout.starter == "deepspeed":
+        check_deepspeed_environment(os.environ, folder=Path.cwd())
     if args.port is not None:
         check_port(args.port, listens_here=not layout.hosts or is_this_machine(layout.hosts[0].name))
     if not layout.hosts and plan.has_ranks:

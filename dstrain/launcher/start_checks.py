@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 
 from dstrain.base.errors import ConfigError, MachineError
@@ -121,3 +122,26 @@ def file_system(folder: Path, *, mounts: str | None = None) -> tuple[str, str]:
         if real.is_relative_to(place) and len(place) >= len(found[1]):  # later lines lie over earlier ones
             found = (fields[2], place)
     return found
+
+
+def check_deepspeed_environment(environment: Mapping[str, str], *, folder: Path) -> None:
+    """Refuse a `.deepspeed_env` that DeepSpeed's launcher would end on: it takes every line for NAME=value, blank ones too.
+
+    Args:
+        environment: says where it is looked for: HOME, and DS_ENV_FILE for another name.
+        folder: working folder, where it is looked for as well.
+
+    Raises:
+        ConfigError: naming file and line.
+    """
+    name = environment.get("DS_ENV_FILE", ".deepspeed_env")
+    for path in dict.fromkeys((Path(environment.get("HOME", "/")) / name, folder / name)):
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError):
+            continue
+        for number, line in enumerate(lines, start=1):
+            if re.match(r"[A-Za-z_][A-Za-z0-9_]*=", line, re.ASCII) is None:
+                raise ConfigError(
+                    f"{path}, line {number}: {line[:80]!r}: DeepSpeed's launcher takes NAME=value only, no blank lines and no comments"
+                )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +163,35 @@ def test_evaluate_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFix
     assert "give the run folder" in capsys.readouterr().err
     assert main(["evaluate", str(tmp_path)]) == 78
     assert "not a run folder (config.yaml is missing)" in capsys.readouterr().err
+
+
+@pytest.fixture
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank writes into the environment of its process."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+
+
+@pytest.mark.usefixtures("clean_environment")
+def test_threads_and_interfaces_are_set_before_the_stage_is_imported(seen: Seen, run_yaml: str) -> None:
+    assert main(["pretrain", run_yaml, "engine.threads=3", "engine.compile_cache=/fast"]) == 0
+    assert (os.environ["OMP_NUM_THREADS"], os.environ["OPENBLAS_NUM_THREADS"]) == ("3", "3")
+    assert os.environ["TRITON_CACHE_DIR"] == "/fast/triton"
+
+
+@pytest.mark.usefixtures("clean_environment", "seen")
+@pytest.mark.parametrize(("rank", "speaks"), [(0, True), (1, False), (2, True)])
+def test_an_interface_that_a_machine_lacks_is_said_once_on_each_machine(
+    rank: int, speaks: bool, run_yaml: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(rank % 2), "LOCAL_SIZE": "2"}
+    assert main(["pretrain", run_yaml, "engine.interface=nowhere0"]) == 78
+    assert ("engine.interface: 'nowhere0' does not exist on" in capsys.readouterr().err) is speaks
+
+
+@pytest.mark.usefixtures("clean_environment", "seen")
+@pytest.mark.parametrize("override", ["engine=3", "engine.threads=none", "engine.bind=tight", "engine.interface=^lo"])
+def test_a_wrong_engine_section_is_told_by_the_reader_of_the_whole(
+    override: str, run_yaml: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["pretrain", run_yaml, override]) == 78
+    assert f"run.yaml: {override.split('=')[0]}: " in capsys.readouterr().err

@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dstrain.base.errors import ConfigError, MachineError
-from dstrain.launcher.start_checks import check_batch, check_gpus, check_port, check_shared, file_system
+from dstrain.launcher.start_checks import (
+    check_batch,
+    check_deepspeed_environment,
+    check_gpus,
+    check_port,
+    check_shared,
+    file_system,
+)
 
 MOUNTS = r"""/dev/sda1 / ext4 rw 0 0
 tmpfs /dev/shm tmpfs rw 0 0
@@ -80,3 +87,19 @@ def test_the_innermost_mount_counts_and_names_may_have_blanks() -> None:
     assert file_system(Path("/homework"), mounts=MOUNTS) == ("ext4", "/")
     assert file_system(Path("/x"), mounts="") == ("unknown", "/")
     assert file_system(Path("/proc/self"))[0] == "proc"
+
+
+@pytest.mark.parametrize("place", ["home", "here"])
+@pytest.mark.parametrize(("line", "number"), [("", 2), ("# why", 2), ("export A=1", 2), ("A", 2)])
+def test_a_deepspeed_env_that_its_launcher_would_end_on_is_refused(
+    tmp_path: Path, place: str, line: str, number: int
+) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "here").mkdir()
+    environment = {"HOME": str(tmp_path / "home"), "DS_ENV_FILE": "my_env"}
+    check_deepspeed_environment(environment, folder=tmp_path / "here")
+    (tmp_path / place / "my_env").write_text(f"NCCL_DEBUG=INFO\n{line}\nB=a=b\n")
+    with pytest.raises(ConfigError, match=rf"{place}/my_env, line {number}: "):
+        check_deepspeed_environment(environment, folder=tmp_path / "here")
+    (tmp_path / place / "my_env").write_text("NCCL_DEBUG=INFO\nB=a=b\n")
+    check_deepspeed_environment(environment, folder=tmp_path / "here")

@@ -118,3 +118,14 @@ def test_what_pdsh_gives_to_a_remote_shell_has_nothing_a_shell_acts_on(word: str
 def test_a_folder_that_a_remote_shell_would_misread_is_refused() -> None:
     with pytest.raises(ConfigError, match="pdsh"):
         build_command(Layout("deepspeed", 8, HOSTS), RUN, port=1, hostfile=Path("/r/hosts"), folder="/home/me;id")
+
+
+@given(st.text(max_size=40))
+def test_a_rank_log_in_any_folder_is_one_option_of_srun_whose_only_numbers_are_the_ranks(name: str) -> None:
+    argv = build_command(Layout("srun", 8, HOSTS), RUN, port=1, rank_logs=Path("/r") / f"{name}x/attempt-0001").argv
+    options = [word for word in argv[: argv.index(sys.executable)] if word.startswith("--output")]
+    assert len(options) == (0 if "\\" in name else 1)
+    for option in options:
+        plain = option.removeprefix("--output=").replace("%%", "")
+        assert plain.count("%") == 1
+        assert plain.endswith("attempt-0001-rank-%5t.log")

@@ -1,4 +1,4 @@
-"""The loop in this process: what it says and writes down, evaluation left alone, and the text of --dry-run."""
+"""The loop in this process: what it says and writes down, and evaluation left alone."""
 
 from __future__ import annotations
 
@@ -53,3 +53,20 @@ def test_an_evaluation_touches_neither_exit_files_nor_checkpoints(tmp_path: Path
     assert len(read_history(tmp_path)) == 3
     assert (tmp_path / "exit" / "rank-00000.json").exists()
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000004", "step-00000008"]
+
+
+def test_a_chosen_port_is_kept_and_a_free_one_is_taken_else(tmp_path: Path) -> None:
+    ports: list[int] = []
+
+    def build(*_: Any, port: int, **__: Any) -> Command:
+        ports.append(port)
+        return Command((sys.executable, "-c", "raise SystemExit(78)"), {}, ())
+
+    for port in (29777, None):
+        job = Job("evaluate", tmp_path, ("evaluate", "x"), Layout("python", 1), port=port)
+        assert (
+            Supervisor(job, RestartPolicy(), say=lambda _: None, out=io.BytesIO(), build=build).run()
+            is ExitCode.BAD_INPUT
+        )
+    assert ports[0] == 29777
+    assert 1024 <= ports[1] != 29777
