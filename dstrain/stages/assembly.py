@@ -66,6 +66,8 @@ class Assembly:
     """Collective; called once when a complete run has its best weights loaded (predictions)."""
     finished_file: str | None = None
     """What `finish` leaves in the run folder: while it is missing, a run at its last step is not complete."""
+    at_step: Callable[[int], None] | None = None
+    """Told of every training step, before its forwards."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Kept in the manifest."""
     mean_context: float = 0.0

@@ -14,6 +14,8 @@ from dstrain.health.stop_config import StopConfig
 from dstrain.health.stragglers import StragglerConfig
 from dstrain.health.watchdog import WatchdogConfig
 from dstrain.models.config import ModelConfig
+from dstrain.models.layer_dropping import LayerDroppingConfig
+from dstrain.models.token_dropping import TokenDroppingConfig
 from dstrain.monitor.config import MonitorConfig
 from dstrain.objectives.mlm import MlmConfig
 from dstrain.optim.config import OptimizerConfig
@@ -88,6 +90,10 @@ class PretrainConfig(RunConfig):
     """The shards and their order."""
     objective: MlmConfig = MlmConfig()
     """What is predicted."""
+    token_dropping: TokenDroppingConfig | None = None
+    """Middle layers see a random part of the tokens. Default: all of them."""
+    layer_dropping: LayerDroppingConfig | None = None
+    """Later layers are left out more and more often. Default: never."""
     train: PretrainLoopConfig
     """Batch, length, rhythm."""
 
@@ -97,6 +103,10 @@ class PretrainConfig(RunConfig):
         if lanes is not None and batch % lanes:
             raise ValueError(f"data.lanes={lanes} does not divide train.global_batch={batch}; leave data.lanes out")
         _check_schedule(self.schedule, steps)
+        if self.layer_dropping is not None and self.engine.zero_stage == 3:
+            raise ValueError(
+                "layer_dropping: engine.zero_stage: 3 fetches layers in an order that it has recorded; use stage 0, 1 or 2"
+            )
         return self
 
 

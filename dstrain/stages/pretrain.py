@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from dstrain.health.signals import StopRequest
 from dstrain.models.dstrain_encoder import DstrainMaskedLanguageModel
 from dstrain.models.encoders import MaskedLanguageModel
 from dstrain.models.huggingface import build_masked_lm, choose_attention_kernel, facts, initialise
+from dstrain.models.layer_routes import LayerRoutes
 from dstrain.objectives.mlm import MlmObjective
 from dstrain.stages.assembly import Assembly, Site, seed_weights
 from dstrain.stages.config import PretrainConfig
@@ -50,11 +51,13 @@ def assemble(config: PretrainConfig, site: Site) -> Assembly:
     """
     data = open_training_data(config, site.world, should_leave=site.should_leave)
     model = build_model(config, data.tokenizer)
-    kernel = choose_attention_kernel(model, config.model.attention_kernel, device=site.device, precision=site.precision)
     compiling = choose_compiling(config.engine, device=site.device, unpadded=model.attention == "unpadded")
+    at_step = _routes(config, model, few_shapes=compiling.enabled)  # tries the model out here, on the CPU
+    kernel = choose_attention_kernel(model, config.model.attention_kernel, device=site.device, precision=site.precision)
     return Assembly(
         stage="pretrain",
         model=model,
+        at_step=at_step,
         objective=MlmObjective(compiled=compiling.enabled),
         loader=data.loader,
         max_steps=config.train.max_steps,
@@ -69,6 +72,18 @@ def assemble(config: PretrainConfig, site: Site) -> Assembly:
         mean_context=mean_context(data, config.data.sequence_length),
         notes=(kernel, *_notes(config, data)),
     )
+
+
+def _routes(
+    config: PretrainConfig, model: MaskedLanguageModel | DstrainMaskedLanguageModel, *, few_shapes: bool
+) -> Callable[[int], None] | None:  # fmt: skip
+    """What training steps leave out of the model, if anything."""
+    if config.token_dropping is None and config.layer_dropping is None:
+        return None
+    routes = LayerRoutes(
+        model, tokens=config.token_dropping, layers=config.layer_dropping, seed=config.seed, few_shapes=few_shapes
+    )
+    return routes.begin
 
 
 def _notes(config: PretrainConfig, data: TrainingData) -> Iterator[str]:

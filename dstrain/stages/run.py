@@ -235,6 +235,7 @@ class Run:
             device=self.site.device, precision=self.site.precision, micro_batch=config.train.micro_batch,
             accumulation=parts.accumulation, seed=config.seed, row_length=parts.row_length, raw=config.deepspeed.values(),
         )  # fmt: skip
+        self.engine.at_step = parts.at_step
         self.fragments = self.engine.fragments
         if self.resumed_from is None and self.site.precision != "fp32":
             self.fragments.fill_masters(initial)

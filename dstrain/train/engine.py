@@ -202,6 +202,8 @@ class Engine:
         self._gate = StepGate(self._gradient_norm)
         client.gate = self._gate
         self._client = client
+        self.at_step: Callable[[int], None] | None = None
+        """Called with the steps done when the forwards of a training step begin."""
 
     @property
     def model(self) -> nn.Module:
@@ -277,6 +279,8 @@ class Engine:
         Nothing is updated yet.
         """
         stopwatch = Stopwatch(self.device)
+        if self.at_step is not None:
+            self.at_step(step)
         scale = self.control.world.size / max(1, counts.num_targets)
         loss = torch.zeros((), dtype=torch.float32, device=self.device)
         correct = torch.zeros((), dtype=torch.float32, device=self.device)

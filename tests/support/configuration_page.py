@@ -77,7 +77,8 @@ def _inner_model(schema: dict[str, Any], field: dict[str, Any]) -> tuple[bool, d
 
 
 def _model_of(schema: dict[str, Any], field: dict[str, Any]) -> dict[str, Any] | None:
-    reference = field.get("$ref") or next((part["$ref"] for part in field.get("allOf", []) if "$ref" in part), None)
+    parts = [*field.get("allOf", []), *field.get("anyOf", [])]  # anyOf: a section that may be left out
+    reference = field.get("$ref") or next((part["$ref"] for part in parts if "$ref" in part), None)
     model: dict[str, Any] | None = schema["$defs"].get(reference.rpartition("/")[2]) if reference else None
     return model if model and "properties" in model else None
 
