@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 
 from dstrain.base.errors import DstrainError, PeerError
 from dstrain.base.secrets import redact
-from dstrain.cli import audit, demo, export, launch, shards, status, tokenizer, training
+from dstrain.cli import audit, demo, export, launch, plan, shards, status, tokenizer, training
 
 _EPILOG = """
 the way from text to a model:
   dstrain tokenizer train --input 'corpus/*.jsonl.gz' --vocab-size 32768 --out tok/
   dstrain shards build --input 'corpus/*.jsonl.gz' --tokenizer tok/ --out shards/
+  dstrain plan configs/bert-base.yaml --gpus 8 --gpu-type h100      (memory, time and money before the run)
   deepspeed --num_gpus 8 launch/pretrain.py --config configs/bert-base.yaml data.path=shards/
   dstrain launch pretrain configs/bert-base.yaml --num-processes 8      (the same, restarted after failures)
   dstrain export runs/bert-base --out hf/
@@ -40,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    for module in (tokenizer, shards, training, launch, status, audit, export, demo):
+    for module in (tokenizer, shards, plan, training, launch, status, audit, export, demo):
         module.add_parser(subparsers)
     return parser
 

@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import (
 from dstrain.base.device import Precision
 from dstrain.base.errors import ConfigError
 from dstrain.base.logs import get_logger
+from dstrain.models.anatomy import Anatomy, Sizes, anatomy_of
 from dstrain.models.attention_kernels import Circumstances, KernelChoice, choose_kernel
 from dstrain.models.config import DSTRAIN_ENCODER_TYPE, ModelConfig, ModelFacts
 from dstrain.models.dstrain_encoder import DstrainMaskedLanguageModel
@@ -79,6 +80,57 @@ def build_masked_lm(
     if config.kind == "dstrain-encoder":
         return DstrainMaskedLanguageModel(model)
     return MaskedLanguageModel(model, attention=config.attention)
+
+
+def anatomy_without_weights(
+    config: ModelConfig, *, vocab_size: int, architecture: Mapping[str, Any] | None = None
+) -> Anatomy:
+    """What `build_masked_lm` would build, counted on the meta device: no memory, no random numbers.
+
+    Args:
+        config: the run's model section.
+        vocab_size: ids of the tokenizer.
+        architecture: of `init_from`.
+
+    Raises:
+        ConfigError: as `build_masked_lm`.
+    """
+    hf_config = _configuration(
+        config.config, architecture or {}, vocab_size=vocab_size, pad_to=config.pad_vocab_to, special={},
+        own_encoder=config.kind == "dstrain-encoder",
+    )  # fmt: skip
+    _require_class(hf_config, MODEL_FOR_MASKED_LM_MAPPING, "ForMaskedLM")
+    with torch.device("meta"):
+        model = _construct(AutoModelForMaskedLM, hf_config)
+    quadratic = config.attention == "padded" or not getattr(model, "_supports_attention_backend", False)
+    at_head = type(model.get_output_embeddings()) is nn.Linear
+    return anatomy_of(model, model.base_model, _sizes(hf_config, quadratic=quadratic), scores_at_head=at_head)
+
+
+def anatomy(module: nn.Module) -> Anatomy:
+    """What a wrapped model is made of; before an engine takes its parameters apart."""
+    model = cast(PreTrainedModel, module.model)
+    sizes = _sizes(model.config, quadratic=module.attention == "padded")
+    base = getattr(model, "base_model", model.model)  # dstrain's own encoder names its body so
+    return anatomy_of(model, base, sizes, scores_at_head=bool(getattr(module, "scores_at_head", False)))
+
+
+def _sizes(config: PretrainedConfig, *, quadratic: bool) -> Sizes:
+    layers = _first_field(config, "num_hidden_layers", "n_layers")
+    is_modern = config.model_type == "modernbert"
+    local = [kind for kind in getattr(config, "layer_types", None) or () if "sliding" in kind or "local" in kind]
+    dropouts = ("hidden_dropout_prob", "dropout", "mlp_dropout")
+    return Sizes(
+        family=str(config.model_type), layers=layers,
+        hidden=_first_field(config, "hidden_size", "dim"),
+        intermediate=_first_field(config, "intermediate_size", "hidden_dim"),
+        heads=_first_field(config, "num_attention_heads", "n_heads"),
+        vocab=int(config.vocab_size), gated=is_modern,
+        window=int(config.local_attention) if local else None, local_layers=len(local),
+        dropout=max(float(getattr(config, name, 0.0) or 0.0) for name in dropouts),
+        composed_activation=getattr(config, "hidden_act", "") == "gelu_new",
+        quadratic=quadratic,
+    )  # fmt: skip
 
 
 def build_classifier(

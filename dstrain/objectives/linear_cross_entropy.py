@@ -19,7 +19,8 @@ from torch.nn import functional
 
 from dstrain.base.protocols import IGNORED_LABEL
 
-_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
+"""fp32 logits at a time, by device."""
 _MULTIPLE = 64
 """Rows of a chunk are a multiple of this, so that matrix kernels see whole tiles."""
 
@@ -57,10 +58,8 @@ class LinearCrossEntropy:
 
     def rows_at_once(self, num_rows: int, vocab_size: int, device: torch.device) -> int:
         """Targets of one chunk: as even as possible within the limit."""
-        limit = self._chunk_bytes or _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cpu"])
-        chunks = -(-num_rows * vocab_size * 4 // limit)
-        even = -(-num_rows // max(1, chunks))
-        return min(num_rows, -(-even // _MULTIPLE) * _MULTIPLE)
+        limit = self._chunk_bytes or CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
+        return rows_at_once(num_rows, vocab_size, limit_bytes=limit)
 
     def score(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
@@ -73,6 +72,13 @@ class LinearCrossEntropy:
                 self._buffer = torch.empty(rows, vocab)
             buffer = self._buffer[:rows]
         return self._chunk(hidden, weight, bias, labels, buffer)  # type: ignore[no-any-return]
+
+
+def rows_at_once(num_rows: int, vocab_size: int, *, limit_bytes: int) -> int:
+    """Targets of one chunk: as even as possible within a limit of fp32 logits."""
+    chunks = -(-num_rows * vocab_size * 4 // limit_bytes)
+    even = -(-num_rows // max(1, chunks))
+    return min(num_rows, -(-even // _MULTIPLE) * _MULTIPLE)
 
 
 def score_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from dstrain.stages.training_data import (
     VALIDATION,
     TrainingData,
     count_rows,
+    mean_context,
     open_split,
     open_training_data,
     row_source,
@@ -69,7 +70,7 @@ def assemble(config: PretrainConfig, site: Site) -> Assembly:
         prefetch_bytes=config.data.prefetch_bytes,
         evaluate=Evaluation(config, data, site),
         extra={"data_tokens": data.num_tokens, "data_documents": data.num_documents},
-        mean_context=mean_context(data, config.data.sequence_length),
+        mean_context=mean_context(data.datasets.values(), config.data.sequence_length),
         notes=(kernel, *_notes(config, data)),
     )
 
@@ -176,18 +177,3 @@ def most_frequent_token(data: TrainingData) -> int:
                 break
     counts[list(data.tokenizer.special_ids)] = -1
     return int(counts.argmax())
-
-
-def mean_context(data: TrainingData, sequence_length: int) -> float:
-    """Σ piece² / Σ piece over a sample of blocks: what attention really costs on packed documents."""
-    total, squares = 0, 0
-    for dataset in data.datasets.values():
-        for block in range(min(dataset.manifest.num_blocks, 64)):
-            try:
-                lengths = np.diff(dataset.ends(block).astype(np.int64), prepend=0).view(np.int64)
-            except DamagedBlockError:
-                continue
-            full, tail = lengths // sequence_length, lengths % sequence_length
-            total += int(lengths.sum())
-            squares += int((full * sequence_length**2 + tail**2).sum())
-    return squares / max(1, total)

@@ -28,7 +28,7 @@ from dstrain.checkpoint.manifest import model_fingerprint, stored_states
 from dstrain.checkpoint.reader import Checkpoint
 from dstrain.data.prefetch import Prefetcher
 from dstrain.health.guards import Guards, Verdict
-from dstrain.models.huggingface import architecture_of, facts
+from dstrain.models.huggingface import anatomy, architecture_of, facts
 from dstrain.monitor.flops import ModelShape
 from dstrain.monitor.monitor import Monitor
 from dstrain.stages.assembly import AnyConfig, Assembly, Site
@@ -234,6 +234,7 @@ class Run:
             parts.model, parts.objective, config=config.engine, optimizer=config.optimizer, control=self.site.control,
             device=self.site.device, precision=self.site.precision, micro_batch=config.train.micro_batch,
             accumulation=parts.accumulation, seed=config.seed, row_length=parts.row_length, raw=config.deepspeed.values(),
+            anatomy=anatomy(parts.model),
         )  # fmt: skip
         self.engine.at_step = parts.at_step
         self.fragments = self.engine.fragments

@@ -17,6 +17,11 @@ from dstrain.base.device import Precision
 from dstrain.base.errors import ConfigError
 from dstrain.base.rank_settings import RankSettings
 
+PERSISTENT_ELEMENTS = 100_000
+"""Stage 3: smaller parameters stay gathered on every rank."""
+REUSE_ELEMENTS = 1_000_000_000
+"""Stage 3: so many elements of gathered weights may wait on a rank for their next use."""
+
 _PASSED_THROUGH = ("compile", "aio", "timers", "comms_logger", "flops_profiler", "zero_optimization")
 _PASSED_THROUGH_ZERO = ("offload_optimizer", "offload_param")
 _OWNED = {
@@ -201,9 +206,9 @@ def _zero(config: EngineConfig) -> dict[str, Any]:
         zero |= {
             "sub_group_size": 1_000_000_000,
             "stage3_prefetch_bucket_size": bucket,
-            "stage3_param_persistence_threshold": 100_000,
-            "stage3_max_live_parameters": 1_000_000_000,
-            "stage3_max_reuse_distance": 1_000_000_000,
+            "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
+            "stage3_max_live_parameters": REUSE_ELEMENTS,
+            "stage3_max_reuse_distance": REUSE_ELEMENTS,
             "zero_hpz_partition_size": 1,
             "zero_quantized_weights": False,
             "zero_quantized_gradients": False,

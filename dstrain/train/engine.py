@@ -7,12 +7,14 @@ trained on, when to save or when to stop.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -33,6 +35,7 @@ from dstrain.base.rendezvous import loopback_store
 from dstrain.base.seeds import derive
 from dstrain.base.world import World
 from dstrain.checkpoint.fragments import EngineState
+from dstrain.models.anatomy import Anatomy
 from dstrain.models.blocks import compile_blocks
 from dstrain.optim.build import OPTIMIZERS, build_optimizer
 from dstrain.optim.config import OptimizerConfig
@@ -42,10 +45,11 @@ from dstrain.train.agreement import Agreed, AnyData, agree
 from dstrain.train.compiling import choose_compiling, few_shapes
 from dstrain.train.device_feed import DeviceFeed
 from dstrain.train.ds_config import EngineConfig, deepspeed_config, warnings_for
-from dstrain.train.memory import memory_faults_named
+from dstrain.train.memory import advice_for, memory_faults_named
 from dstrain.train.op_cache import clear_stale_locks
 from dstrain.train.step_gate import Judge, StepGate
 from dstrain.train.stopwatch import Stopwatch
+from dstrain.train.traffic import Sharding
 
 _LOG = get_logger(__name__)
 
@@ -152,7 +156,7 @@ class Engine:
     def __init__(
         self, model: nn.Module, objective: Objective, *, config: EngineConfig, optimizer: OptimizerConfig, control: ControlPlane,
         device: str, precision: Precision, micro_batch: int, accumulation: int, seed: int, row_length: int | None = None,
-        raw: Mapping[str, Any] | None = None,
+        raw: Mapping[str, Any] | None = None, anatomy: Anatomy | None = None,
     ) -> None:  # fmt: skip
         """Collective. Build the engine around a model in fp32.
 
@@ -171,6 +175,7 @@ class Engine:
             seed: the run's seed, for dropout.
             row_length: most tokens of a row, where rows are full ones; compiled blocks then see one shape.
             raw: keys of the `deepspeed:` section.
+            anatomy: of the model, for advice when memory runs out.
         """
         self.control, self.device, self.precision, self.seed = control, device, precision, seed
         self.ds_config = deepspeed_config(
@@ -199,6 +204,15 @@ class Engine:
         self._micro_batch, self._loss_scale, self._left_out = micro_batch, 1.0, False
         self.fragments = EngineState(self.engine, prefix=PARAMETER_PREFIX)
         bind_if_needed(client, self.fragments, control, replicated=config.zero_stage == 0)
+        self._anatomy = anatomy
+        self._sharding = Sharding(
+            config.zero_stage,
+            precision,
+            control.world.size,
+            accumulation,
+            config.bucket_elements,
+            optimizer=optimizer.kind,
+        )
         self._gate = StepGate(self._gradient_norm)
         client.gate = self._gate
         self._client = client
@@ -239,7 +253,8 @@ class Engine:
         Raises:
             DstrainError: this rank's data fault; PeerError where another rank had one.
             Interrupted: some rank did not wait for its data, because it was asked to stop; no rank took the step.
-            MachineError: this rank is out of memory, or ranks have judged the step before differently.
+            ConfigError: this rank is out of memory.
+            MachineError: ranks have judged the step before differently.
         """
         started = time.perf_counter()
         counts = agree(self.control, data, flags, left_out=self._left_out)
@@ -247,7 +262,7 @@ class Engine:
         self._accumulate(len(data.micro_batches))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_factor", 1.0)
-        with memory_faults_named(micro_batch=self._micro_batch, device=self.device, step=step):
+        with self._memory_faults(data.micro_batches, step=step):
             loss, accuracy, forward_s = self._forward_backward(data, counts, step=step)
             backward_done = time.perf_counter()
             self._gate.prepare(judge, loss=loss)
@@ -300,6 +315,17 @@ class Engine:
         targets = max(1, counts.num_targets)
         return loss_total / targets, correct_total / targets, stopwatch.seconds()
 
+    def _memory_faults(self, batches: Sequence[MicroBatch], *, step: int | None) -> AbstractContextManager[None]:
+        """Out of memory inside becomes a fault that says what the plan says about these micro-batches."""
+        anatomy = self._anatomy
+        advice = None
+        if anatomy is not None and batches:
+            advice = functools.partial(
+                advice_for, anatomy, self._sharding, batches, micro_batch=self._micro_batch, device=self.device,
+                ranks_here=self.control.world.local_size,
+            )  # fmt: skip
+        return memory_faults_named(micro_batch=self._micro_batch, device=self.device, step=step, advice=advice)
+
     def _gradient_norm(self) -> float:
         """Global, before clipping; 0 where DeepSpeed does not compute it. Known from DeepSpeed's step on."""
         norm = getattr(self.engine.optimizer, "_global_grad_norm", None)
@@ -328,7 +354,8 @@ class Engine:
         try:
             for number, batch in enumerate(self._feed(batches)):
                 self._leave_together(should_leave, number)
-                loss_sum, hits = self.engine(batch)
+                with self._memory_faults([batch], step=None):
+                    loss_sum, hits = self.engine(batch)
                 totals = [totals[0] + float(loss_sum), totals[1] + float(hits), totals[2] + batch.num_targets]
         finally:
             self.engine.train()
@@ -351,7 +378,9 @@ class Engine:
         try:
             for number, (batch, given) in enumerate(zip(self._feed(batches), batches)):
                 self._leave_together(should_leave, number)
-                found.append(self.engine.module.model(batch)[: len(given.targets)].float().cpu())
+                with self._memory_faults([batch], step=None):
+                    logits = self.engine.module.model(batch)
+                found.append(logits[: len(given.targets)].float().cpu())
         finally:
             self.engine.train()
         return found

@@ -10,12 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from torch import nn
 
 from dstrain.base.file_operations import operations_replaced
-from dstrain.base.protocols import RunState, StepReport
+from dstrain.base.protocols import LossParts, MicroBatch, RunState, StepReport
 from dstrain.cli.main import main
+from dstrain.objectives.mlm import MlmObjective
 from dstrain.stages.oversight import Oversight
+from dstrain.train import memory
 from tests.support.faulty_disk import Fault, FaultyDisk
 from tests.support.runs import BERT, build_tiny_shards, pretrain_settings, write_config
 
@@ -218,3 +222,22 @@ def test_a_stop_whose_save_fails_never_claims_to_have_saved(
     assert disk.hit is not None
     assert "could not be saved" in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "exit" / "rank-00000.json").read_text())["last_saved_step"] is None
+
+
+@pytest.mark.parametrize("in_training", [True, False])
+def test_out_of_memory_is_answered_with_the_plan(
+    run: Callable[..., str], monkeypatch: pytest.MonkeyPatch, in_training: bool
+) -> None:
+    real = MlmObjective.loss
+
+    def full(objective: MlmObjective, model: nn.Module, batch: MicroBatch) -> LossParts:
+        if model.training is in_training:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(objective, model, batch)
+
+    monkeypatch.setattr(MlmObjective, "loss", full)
+    monkeypatch.setattr(memory, "capacity_bytes", lambda device, ranks_here: 16 << 20)
+    said = run()
+    assert f"{'step 1' if in_training else 'an evaluation'} does not fit" in said
+    assert "CUDA out of memory. Tried to allocate 2.00 GiB." in said
+    assert "By the plan a rank needs 0.01 GiB of 0.02 GiB (framework 0.01 GiB, activations" in said
