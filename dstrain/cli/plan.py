@@ -201,7 +201,7 @@ def _probe(config: PretrainConfig, site: Site, work: Workload) -> Measured:
     device = choose_device("cuda" if site.cluster.device.is_gpu else "cpu")
     precision = choose_precision(config.engine.precision, device=device)
     return probe(
-        config.model, work.anatomy, sequence_length=work.sequence_length, mask_rate=work.mask_rate, device=device,
+        config.model, config.engine, work.anatomy, sequence_length=work.sequence_length, mask_rate=work.mask_rate, device=device,
         precision=precision,
     )  # fmt: skip
 

@@ -111,7 +111,7 @@ def anatomy(module: nn.Module) -> Anatomy:
     """What a wrapped model is made of; before an engine takes its parameters apart."""
     model = cast(PreTrainedModel, module.model)
     sizes = _sizes(model.config, quadratic=module.attention == "padded")
-    base = getattr(model, "base_model", model.model)  # dstrain's own encoder names its body so
+    base = model.base_model if hasattr(model, "base_model") else model.model  # dstrain's own encoder names its body so
     return anatomy_of(model, base, sizes, scores_at_head=bool(getattr(module, "scores_at_head", False)))
 
 

@@ -12,7 +12,7 @@ from dstrain.monitor.flops import ModelShape, flops_per_token
 from dstrain.planner.network import Cluster, collective_seconds
 from dstrain.planner.prices import PriceTable, kilowatt_hours, price_of
 from dstrain.planner.reliability import Reliability, reliability
-from dstrain.planner.steptime import DSTRAIN, Stack, StepTime, step_time
+from dstrain.planner.steptime import DSTRAIN, DSTRAIN_COMPILED, Stack, StepTime, step_time
 from dstrain.planner.workload import Workload
 from dstrain.train.footprint import RESERVE, Batch, Footprint, footprint, largest_micro_batch, scaled
 from dstrain.train.traffic import Collective, Sharding, step_collectives, wire_bytes
@@ -32,8 +32,8 @@ class Site:
     """From an interruption to the next useful step: detection, queue, start, load."""
     storage_bytes_s: float = 2e9
     """Durable writes of the whole job, bytes/s."""
-    stack: Stack = DSTRAIN
-    """The efficiency class of dstrain's own code; a calibration replaces it by a measured one."""
+    stack: Stack | None = None
+    """A measured efficiency class; None is dstrain's own, compiled where a run would compile its blocks."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,14 @@ def _step(workload: Workload, site: Site, sharding: Sharding, rows_of_rank: int,
     """One step of the rank with most rows; its micro-batches are taken as equal, so that a last short one costs what it is."""
     mean_rows = rows_of_rank / sharding.accumulation
     batch = scaled(row_of(workload), min(mean_rows, micro_batch))
-    return step_time(workload.anatomy, batch, sharding, site.cluster, stack=site.stack)
+    stack = site.stack or _own_stack(workload, site, sharding.stage)
+    return step_time(workload.anatomy, batch, sharding, site.cluster, stack=stack)
+
+
+def _own_stack(workload: Workload, site: Site, stage: int) -> Stack:
+    """As `train.compiling` decides it."""
+    wanted = workload.compile == "blocks" or (workload.compile == "auto" and site.cluster.device.is_gpu)
+    return DSTRAIN_COMPILED if wanted and stage < 3 and not workload.anatomy.quadratic else DSTRAIN
 
 
 def _stage_row(workload: Workload, site: Site, stage: int, micro_batch: int) -> StageRow:

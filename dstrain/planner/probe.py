@@ -14,16 +14,20 @@ from dataclasses import dataclass
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dstrain.base.device import Precision, device_name
 from dstrain.base.errors import ConfigError
 from dstrain.base.protocols import MicroBatch
 from dstrain.models.anatomy import Anatomy
 from dstrain.models.attention import SegmentLayout, segment_attention, segment_layout
+from dstrain.models.blocks import compile_blocks
 from dstrain.models.config import ModelConfig
-from dstrain.models.huggingface import build_masked_lm
+from dstrain.models.huggingface import build_masked_lm, choose_attention_kernel
 from dstrain.objectives.mlm import MlmObjective
+from dstrain.train.compiling import choose_compiling
+from dstrain.train.device_feed import DeviceFeed
+from dstrain.train.ds_config import EngineConfig
 from dstrain.train.memory import is_out_of_memory
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -136,14 +140,15 @@ def measure_bandwidth(*, device: str, precision: Precision, num_bytes: int, cloc
 
 
 def measure_attention(
-    lengths: Iterable[int], *, tokens: int, heads: int, width: int, device: str, precision: Precision, clock: Clock
-) -> list[AttentionRate]:
+    lengths: Iterable[int], *, tokens: int, heads: int, width: int, device: str, precision: Precision, clock: Clock,
+    kernel: str = "sdpa",
+) -> list[AttentionRate]:  # fmt: skip
     """Rates of the model's own attention function on equal segments that fill `tokens`, forward and backward."""
     found = []
     for length in lengths:
         segments = max(1, tokens // length)
         total, dtype = segments * length, _DTYPES[precision]
-        layout = segment_layout((length,) * segments, device=torch.device(device), dtype=dtype)
+        layout = segment_layout((length,) * segments, device=torch.device(device), kernel=kernel)
         query, key, value = (
             torch.randn(1, total, heads, width, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
             for _ in range(3)
@@ -153,25 +158,39 @@ def measure_attention(
             query: Tensor = query, key: Tensor = key, value: Tensor = value, layout: SegmentLayout = layout
         ) -> None:
             out = segment_attention(query, key, value, layout, scale=width**-0.5, dropout=0.0, window=None)
-            out.sum().backward()  # type: ignore[no-untyped-call]
+            out.sum().backward()
             query.grad = key.grad = value.grad = None
 
         found.append(AttentionRate(length, 12 * total * length * heads * width / clock.median(run)))
     return found
 
 
-def measure_steps(
-    config: ModelConfig, anatomy: Anatomy, rows: Iterable[int], *, sequence_length: int, mask_rate: float, device: str,
-    precision: Precision, clock: Clock,
-) -> list[StepSample]:  # fmt: skip
-    """Forwards and backwards of the model with random weights and tokens; a size that does not fit ends the list."""
+def build_model(
+    config: ModelConfig, engine: EngineConfig, anatomy: Anatomy, *, device: str, precision: Precision
+) -> nn.Module:
+    """The run's model with random weights on the device, with the kernel and the compiled blocks that a run would have."""
     torch.manual_seed(0)
     model = build_masked_lm(config, vocab_size=anatomy.vocab, special={"pad_token_id": 0})
-    model = model.to(device=device, dtype=_DTYPES[precision])
-    model.train()
-    objective, found = MlmObjective(), []
+    choose_attention_kernel(model, config.attention_kernel, device=device, precision=precision)
+    if choose_compiling(engine, device=device, unpadded=model.attention == "unpadded").enabled:
+        compile_blocks(model.model)
+    return model.to(device=device, dtype=_DTYPES[precision]).train()
+
+
+def measure_steps(
+    model: nn.Module,
+    rows: Iterable[int],
+    *,
+    vocab: int,
+    sequence_length: int,
+    mask_rate: float,
+    device: str,
+    clock: Clock,
+) -> list[StepSample]:
+    """Forwards and backwards of a model on random tokens; a size that does not fit ends the list."""
+    objective, feed, found = MlmObjective(), DeviceFeed(device), []
     for number in rows:
-        batch = _random_rows(number, sequence_length, mask_rate, anatomy.vocab).to(device)
+        batch = next(iter(feed([_random_rows(number, sequence_length, mask_rate, vocab)])))
 
         def run(batch: MicroBatch = batch) -> None:
             objective.loss(model, batch).loss_sum.backward()  # type: ignore[no-untyped-call]
@@ -188,48 +207,49 @@ def measure_steps(
 
 
 def probe(
-    config: ModelConfig, anatomy: Anatomy, *, sequence_length: int, mask_rate: float, device: str, precision: Precision,
-    limit_s: float = 30.0,
+    config: ModelConfig, engine: EngineConfig, anatomy: Anatomy, *, sequence_length: int, mask_rate: float, device: str,
+    precision: Precision, limit_s: float = 30.0,
 ) -> Measured:  # fmt: skip
     """Measure everything a plan can use.
 
     Args:
         config: the run's model section.
+        engine: its engine section; decides whether blocks are compiled.
         anatomy: of that model.
         sequence_length: tokens of a row.
         mask_rate: share of tokens scored.
         device: cpu or cuda.
         precision: resolved.
-        limit_s: about how long all timings may take; at least three runs of each are made.
+        limit_s: about how long all timings may take; at least three runs of each are made, and compiling comes on top.
 
     Raises:
         ConfigError: not even two sizes of a micro-batch fit this device.
     """
     clock = Clock(device, limit_s=limit_s / 14)
     on_gpu = device == "cuda"
-    tokens = 16384 if on_gpu else 1024
+    tokens, square = (16384, 8192) if on_gpu else (1024, 1024)
     widths = sorted({(p.inputs, p.outputs) for p in anatomy.layer_products})
-    square = 8192 if on_gpu else 1024
     shapes = [(tokens, inputs, outputs) for inputs, outputs in widths] + [(square, square, square)]
-    lengths = sorted({min(128, sequence_length), sequence_length})
+    model = build_model(config, engine, anatomy, device=device, precision=precision)
+    kernel = str(getattr(model, "kernel", "sdpa"))
     steps = measure_steps(
-        config, anatomy, _step_rows(sequence_length, on_gpu=on_gpu), sequence_length=sequence_length, mask_rate=mask_rate,
-        device=device, precision=precision, clock=clock,
+        model, _step_rows(sequence_length, on_gpu=on_gpu), vocab=anatomy.vocab, sequence_length=sequence_length,
+        mask_rate=mask_rate, device=device, clock=clock,
     )  # fmt: skip
+    del model
     if len(steps) < 2:
         raise ConfigError(
             f"--probe: not two micro-batches of the model fit {device_name(device)}: shorten data.sequence_length or plan without"
         )
     memory = torch.cuda.mem_get_info()[1] if on_gpu else psutil.virtual_memory().total
+    size = (1 << 30) if on_gpu else (64 << 20)
     return Measured(
         device=device, name=device_name(device), precision=precision, threads=torch.get_num_threads(), memory_bytes=int(memory),
         products=tuple(measure_products(shapes, device=device, precision=precision, clock=clock)),
-        bandwidth=measure_bandwidth(
-            device=device, precision=precision, num_bytes=(1 << 30) if on_gpu else (64 << 20), clock=clock
-        ),
+        bandwidth=measure_bandwidth(device=device, precision=precision, num_bytes=size, clock=clock),
         attention=tuple(measure_attention(
-            lengths, tokens=max(tokens, sequence_length), heads=anatomy.heads, width=anatomy.hidden // anatomy.heads, device=device,
-            precision=precision, clock=clock,
+            sorted({min(128, sequence_length), sequence_length}), tokens=max(tokens, sequence_length), heads=anatomy.heads,
+            width=anatomy.hidden // anatomy.heads, device=device, precision=precision, clock=clock, kernel=kernel,
         )),
         steps=tuple(steps),
     )  # fmt: skip

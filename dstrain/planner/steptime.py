@@ -1,9 +1,9 @@
 """How long a step takes: a roofline of matrix products, attention, elementwise traffic, head, update and communication. Pure arithmetic.
 
 Each part is its operations over the rate that the device reaches at these sizes, or its bytes over the memory's bandwidth; parts do
-not overlap on one device. A stack says how well the code keeps the device busy: dstrain's own is eager torch with unpadded flash
-attention; published runs use other stacks (`tests/support/published_runs.py`). Nothing here was measured on a GPU unless the device
-came from a probe.
+not overlap on one device. A stack says how well the code keeps the device busy: dstrain's own has unpadded flash attention, and on a
+GPU compiled blocks; published runs use other stacks (`tests/support/published_runs.py`). Nothing here was measured on a GPU unless
+the device came from a probe.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class Stack:
 
 DSTRAIN = Stack("dstrain")
 """Eager, nothing overlaps, no dropout in the presets."""
+DSTRAIN_COMPILED = Stack("dstrain, blocks compiled", fused=True)
+"""What `engine.compile: auto` is on a GPU at stages 0 to 2."""
 
 
 @dataclass(frozen=True)

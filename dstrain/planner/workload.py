@@ -41,6 +41,8 @@ class Workload:
     """Most rows of a forward, as configured."""
     max_steps: int
     optimizer: str
+    compile: str
+    """engine.compile."""
     bucket_elements: int
     longest_save_interval_s: float
     device_hours_per_failure: float
@@ -88,7 +90,8 @@ def workload(
         sequence_length=config.data.sequence_length, context=min(context, config.data.sequence_length),
         mask_rate=max(config.objective.mask_rate, config.objective.mask_rate_final or 0.0),
         global_batch=config.train.global_batch, micro_batch=min(config.train.micro_batch, config.train.global_batch),
-        max_steps=config.train.max_steps, optimizer=config.optimizer.kind, bucket_elements=config.engine.bucket_elements,
+        max_steps=config.train.max_steps, optimizer=config.optimizer.kind,
+        compile=config.engine.compile, bucket_elements=config.engine.bucket_elements,
         longest_save_interval_s=60 * config.checkpoint.longest_minutes,
         device_hours_per_failure=config.checkpoint.gpu_hours_per_failure, assumptions=tuple(assumptions),
     )  # fmt: skip

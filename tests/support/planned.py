@@ -16,7 +16,8 @@ def workload(name: str = "BERT-base", **changes: Any) -> Workload:
     """A run of a known model: 1,024 rows of 512, 30 % masked."""
     settings: dict[str, Any] = {
         "anatomy": model(name), "precision": "bf16", "stage": 1, "sequence_length": 512, "context": 400.0, "mask_rate": 0.3,
-        "global_batch": 1024, "micro_batch": 64, "max_steps": 70_000, "optimizer": "adamw", "bucket_elements": 50_000_000,
+        "global_batch": 1024, "micro_batch": 64, "max_steps": 70_000,
+        "optimizer": "adamw", "compile": "auto", "bucket_elements": 50_000_000,
         "longest_save_interval_s": 1800.0, "device_hours_per_failure": 50_000.0,
     }  # fmt: skip
     return Workload(**{**settings, **changes})

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dstrain.models.anatomy import Anatomy
 from dstrain.models.config import ModelConfig
-from dstrain.models.huggingface import anatomy, anatomy_without_weights
+from dstrain.models.huggingface import anatomy, anatomy_without_weights, build_masked_lm
 from dstrain.monitor.flops import ModelShape, flops_per_token
-from tests.support.tiny_models import FAMILIES, UNPADDED, VOCABULARY, documents, packed, tiny_model
+from tests.support.tiny_models import FAMILIES, SPECIAL, UNPADDED, VOCABULARY, documents, packed, tiny_model
 
 LENGTHS = (32, 32)
 TOKENS = sum(LENGTHS)
@@ -38,10 +38,17 @@ def test_a_built_model_is_counted_like_one_on_the_meta_device(family: str) -> No
     assert anatomy(tiny_model(family)) == counted(family)
 
 
+def own_encoder(**fields: Any) -> ModelConfig:
+    return ModelConfig(kind="dstrain-encoder", config={**FAMILIES["modernbert"], **fields})
+
+
 def kept_bytes(family: str, layers: int, **fields: Any) -> int:
     """Bytes of the storages that autograd keeps in a forward, weights left out."""
     count = {"n_layers": layers} if family == "distilbert" else {"num_hidden_layers": layers}
-    model = tiny_model(family, **count, **fields).train()
+    if family == "dstrain-encoder":
+        model: Any = build_masked_lm(own_encoder(**count, **fields), vocab_size=VOCABULARY, special=SPECIAL)
+    else:
+        model = tiny_model(family, **count, **fields).train()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -56,11 +63,12 @@ def kept_bytes(family: str, layers: int, **fields: Any) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-@pytest.mark.parametrize("family", UNPADDED)
+@pytest.mark.parametrize("family", [*UNPADDED, "dstrain-encoder"])
 def test_kept_activations_of_a_layer_are_what_autograd_keeps(family: str) -> None:
-    fields = {"global_attn_every_n_layers": 1} if family == "modernbert" else {}  # a window needs a mask on a CPU
+    modern = family in ("modernbert", "dstrain-encoder")
+    fields = {"global_attn_every_n_layers": 1} if modern else {}  # a window needs a mask on a CPU
     layer = (kept_bytes(family, 4, **fields) - kept_bytes(family, 2, **fields)) // 2
-    found = counted(family, **fields)
+    found = counted("modernbert" if modern else family, **fields)
     statistics = 4 * found.heads + 16
     assert layer == TOKENS * (4 * found.kept_elements + statistics)
 
@@ -80,6 +88,11 @@ def test_products_are_those_of_the_flop_count() -> None:
     assert layers == flops_per_token(shape, mean_context=0, scored_share=0)
     assert layers + head == flops_per_token(shape, mean_context=0, scored_share=1)
     assert found.parameters == 109_514_298  # transformers' BertForMaskedLM of bert-base-uncased
+
+
+def test_the_own_encoder_is_counted_like_the_one_it_takes_over() -> None:
+    model = build_masked_lm(own_encoder(), vocab_size=VOCABULARY, special=SPECIAL)
+    assert anatomy(model) == anatomy_without_weights(own_encoder(), vocab_size=VOCABULARY) == counted("modernbert")
 
 
 def test_shared_layers_are_stored_once_and_passed_often() -> None:

@@ -10,6 +10,7 @@ from dstrain.models.config import ModelConfig
 from dstrain.models.huggingface import anatomy_without_weights
 from dstrain.planner import probe as probing
 from dstrain.planner.probe import Clock, Measured, measure_attention, measure_bandwidth, measure_products, probe
+from dstrain.train.ds_config import EngineConfig
 from tests.support.tiny_models import FAMILIES, VOCABULARY
 
 CONFIG = ModelConfig(config={"model_type": "bert", **FAMILIES["bert"]})
@@ -28,7 +29,7 @@ def test_products_attention_and_bandwidth_are_measured() -> None:
 
 def small_probe(**more: object) -> Measured:
     return probe(
-        CONFIG, ANATOMY, sequence_length=32, mask_rate=0.3, device="cpu", precision="fp32", limit_s=0.0, **more  # type: ignore[arg-type]
+        CONFIG, EngineConfig(), ANATOMY, sequence_length=32, mask_rate=0.3, device="cpu", precision="fp32", limit_s=0.0, **more  # type: ignore[arg-type]
     )  # fmt: skip
 
 
