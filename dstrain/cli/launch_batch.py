@@ -70,8 +70,9 @@ def _check_before_a_job(plan: StagePlan, options: BatchOptions, policy: RestartP
         return
     save_s = longest_save_s(last_events(plan.run_folder))
     check_grace(policy.grace_s, save_s=save_s)
-    if options.time is not None:
-        check_time_limit(options.time, margin_s=plan.margin_s, save_s=save_s)
+    limit = options.time or os.environ.get("SBATCH_TIMELIMIT")
+    if limit is not None:
+        check_time_limit(limit, margin_s=plan.margin_s, save_s=save_s)
     per_node = options.ntasks_per_node or options.num_gpus
     if options.nodes is not None and per_node:
         remark = check_batch(options.nodes * per_node, global_batch=plan.global_batch)

@@ -94,6 +94,16 @@ def test_a_login_node_without_gpus_submits_a_run_that_wants_some(
     assert not any(word.startswith("--gpus-per-node") for word in submitted(calls)[0])
 
 
+def test_a_limit_in_sbatchs_own_variable_is_checked_too(
+    config: Path, calls: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SBATCH_TIMELIMIT", "1")
+    assert main(["launch", "pretrain", str(config), "--nodes", "1"]) == 78
+    assert "--time 1 (60 s)" in capsys.readouterr().err
+    assert main(["launch", "pretrain", str(config), "--nodes", "1", "--time", "60"]) == 0
+    assert "--time=60" in submitted(calls)[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
