@@ -15,7 +15,7 @@ from dstrain.base.world import free_port
 from dstrain.cli.launch_stages import StagePlan, say
 from dstrain.launcher import plan_text as text
 from dstrain.launcher import supervisor
-from dstrain.launcher.allocation import ask_gpu_types, check_gpu_types, hosts_of
+from dstrain.launcher.allocation import ask_gpu_types, check_gpu_types, cpus_per_rank, hosts_of
 from dstrain.launcher.choice import Choice
 from dstrain.launcher.forwarding import forwarded
 from dstrain.launcher.history import read_history
@@ -98,7 +98,8 @@ def _layout(
         hosts = hosts_of(environment, processes=args.num_processes, gpus=gpus, on_cpu=on_cpu)
         if not on_cpu:
             check_gpu_types(ask_gpu_types(environment.get("SLURM_JOB_ID", "")))
-        return Layout(way, num_processes(hosts), hosts, plan.device)
+        cpus = cpus_per_rank(environment, slots=hosts[0].slots)
+        return Layout(way, num_processes(hosts), hosts, plan.device, cpus)
     processes = args.num_processes if args.num_processes is not None else 1 if way == "python" else max(1, gpus)
     return Layout(way, processes, device=plan.device)
 

@@ -73,6 +73,24 @@ def _per_node(environment: Mapping[str, str], *, gpus: int, on_cpu: bool) -> int
     return int(match[1]) if match else 1 if on_cpu else max(1, gpus)
 
 
+def cpus_per_rank(environment: Mapping[str, str], *, slots: int) -> int | None:
+    """CPUs of each rank: what the job asked for, else an equal share of the smallest node; None where SLURM says nothing.
+
+    Args:
+        environment: of this process.
+        slots: ranks of a node.
+    """
+    asked = environment.get("SLURM_CPUS_PER_TASK", "")
+    if re.fullmatch(r"[1-9]\d{0,5}", asked, re.ASCII):
+        return int(asked)
+    counts = re.fullmatch(
+        r"\d{1,6}(\(x\d{1,6}\))?(,\d{1,6}(\(x\d{1,6}\))?)*", environment.get("SLURM_JOB_CPUS_PER_NODE", "")
+    )
+    if counts is None:
+        return None
+    return max(1, min(int(part.partition("(")[0]) for part in counts[0].split(",")) // slots)
+
+
 def gpu_types(text: str) -> dict[str, tuple[str, ...]]:
     """GPU types and the nodes that have them, from `scontrol show job --details`; nothing where SLURM knows no types."""
     found: dict[str, tuple[str, ...]] = {}

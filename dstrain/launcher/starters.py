@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -51,10 +51,12 @@ class Layout:
     """Machines with equal slots; empty for this machine alone."""
     device: str = "auto"
     """`engine.device` of the run: cpu keeps the launcher itself from looking for GPUs."""
+    cpus_per_rank: int | None = None
+    """For srun, which since SLURM 22.05 does not take over what the job asked for, and would give each rank one CPU."""
 
     def on(self, hosts: tuple[Host, ...]) -> Layout:
         """The same layout on other hosts, with as many ranks as they have slots."""
-        return Layout(self.starter, num_processes(hosts) if hosts else self.processes, hosts, self.device)
+        return replace(self, processes=num_processes(hosts) if hosts else self.processes, hosts=hosts)
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,7 @@ def _srun(layout: Layout, rank_logs: Path | None) -> list[str]:
     return [
         "srun", f"--nodes={len(hosts)}", f"--ntasks={layout.processes}", f"--ntasks-per-node={hosts[0].slots}",
         f"--nodelist={','.join(host.name for host in hosts)}", "--kill-on-bad-exit=1", "--export=ALL",
+        *([] if layout.cpus_per_rank is None else [f"--cpus-per-task={layout.cpus_per_rank}"]),
         *_srun_output(rank_logs), sys.executable, "-u", *_module(),
     ]  # fmt: skip
 

@@ -38,6 +38,7 @@ ALLOCATION = {
     "SLURM_JOB_NODELIST": "n[1-2]",
     "SLURM_JOB_NUM_NODES": "2",
     "SLURM_NTASKS_PER_NODE": "3",
+    "SLURM_JOB_CPUS_PER_NODE": "24(x2)",
 }
 JOB = ("--nodes", "2", "--gpus-per-node", "a100:3", "--time", "12:00:00", "--partition", "gpu", "--account", "lab", "--job-name", "bert",
        "--singleton")  # fmt: skip

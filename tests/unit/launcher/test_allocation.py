@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dstrain.base.errors import ConfigError
-from dstrain.launcher.allocation import ask_gpu_types, check_gpu_types, gpu_types, hosts_of, num_nodes
+from dstrain.launcher.allocation import ask_gpu_types, check_gpu_types, cpus_per_rank, gpu_types, hosts_of, num_nodes
 from dstrain.launcher.hosts import Host
 
 TWO = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2"}
@@ -60,6 +60,22 @@ def test_an_allocation_that_cannot_be_used_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         hosts_of(environment, processes=processes, gpus=8, on_cpu=False)
+
+
+@pytest.mark.parametrize(
+    ("environment", "cpus"),
+    [
+        ({}, None),
+        ({"SLURM_CPUS_PER_TASK": "8", "SLURM_JOB_CPUS_PER_NODE": "64(x2)"}, 8),
+        ({"SLURM_JOB_CPUS_PER_NODE": "64(x2)"}, 16),
+        ({"SLURM_JOB_CPUS_PER_NODE": "64(x2),32,128"}, 8),
+        ({"SLURM_JOB_CPUS_PER_NODE": "2"}, 1),
+        ({"SLURM_JOB_CPUS_PER_NODE": "many"}, None),
+        ({"SLURM_CPUS_PER_TASK": "0"}, None),
+    ],
+)
+def test_ranks_get_the_cpus_that_srun_would_not_give_them(environment: dict[str, str], cpus: int | None) -> None:
+    assert cpus_per_rank(environment, slots=4) == cpus
 
 
 MIXED = """JobId=3 JobName=t.sh

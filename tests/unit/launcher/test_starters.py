@@ -55,6 +55,9 @@ def test_srun_names_its_nodes_and_ends_all_when_one_ends_badly() -> None:
         sys.executable, "-u", *STAGE,
     ]  # fmt: skip
     assert command.added == {"MASTER_PORT": "1234"}
+    smaller = Layout("srun", 8, HOSTS, cpus_per_rank=6).on(HOSTS[:1])
+    words = build_command(smaller, RUN, port=1234).argv
+    assert {"--nodes=1", "--ntasks=4", "--cpus-per-task=6"} <= set(words)
 
 
 @pytest.mark.parametrize(
