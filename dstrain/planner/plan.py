@@ -136,7 +136,7 @@ def make_plan(
         compare_stages: also look at the other stages.
 
     Raises:
-        ConfigError: more GPUs than rows, or no price for the device.
+        ConfigError: more GPUs than rows, no price for the device, or failures faster than saves.
     """
     ranks, device = site.cluster.gpus, site.cluster.device
     rows_of_rank = -(-workload.global_batch // ranks)
@@ -220,7 +220,12 @@ def _cost(workload: Workload, site: Site, step_s: float, safety: Reliability) ->
     cluster = site.cluster
     price = price_of(site.prices, cluster.device, source=site.prices_source)
     useful = workload.max_steps * step_s / 3600
-    hours = useful / safety.goodput if safety.goodput > 0 else float("inf")
+    if safety.goodput <= 0:
+        raise ConfigError(
+            f"an interruption every {safety.mean_failure_s:.0f} s and a save every {safety.interval_s:.0f} s: the run would never end; "
+            "give --mtbf-hours of one GPU, or use fewer GPUs"
+        )
+    hours = useful / safety.goodput
     gpu_hours = hours * cluster.gpus
     return Cost(
         steps=workload.max_steps, tokens=workload.tokens, useful_hours=useful, hours=hours, gpu_hours=gpu_hours,

@@ -85,8 +85,12 @@ def workload(
         )
     if anatomy.quadratic:
         assumptions.append("this model runs padded: each document is a row of its own, and padding is not counted")
+    precision = _precision(config.engine.precision, device)
+    if precision == "bf16" and device.name == "v100":
+        precision = "fp16"
+        assumptions.append("fp16 in place of bf16, which a V100 does not have")
     return Workload(
-        anatomy=anatomy, precision=_precision(config.engine.precision, device), stage=config.engine.zero_stage,
+        anatomy=anatomy, precision=precision, stage=config.engine.zero_stage,
         sequence_length=config.data.sequence_length, context=min(context, config.data.sequence_length),
         mask_rate=max(config.objective.mask_rate, config.objective.mask_rate_final or 0.0),
         global_batch=config.train.global_batch, micro_batch=min(config.train.micro_batch, config.train.global_batch),

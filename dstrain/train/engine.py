@@ -197,14 +197,7 @@ class Engine:
         _refuse_offload(optimizer, self.ds_config)
         _skip_memory_reports()
         _admit_own_optimizers()
-        try:
-            self.engine, _, _, _ = deepspeed.initialize(model=module, optimizer=client, config=self.ds_config)
-        except (deepspeed.runtime.config.DeepSpeedConfigError, ValidationError) as error:
-            raise ConfigError(f"deepspeed: refused by DeepSpeed {deepspeed.__version__}: {error}") from None
-        self._micro_batch, self._loss_scale, self._left_out = micro_batch, 1.0, False
-        self.fragments = EngineState(self.engine, prefix=PARAMETER_PREFIX)
-        bind_if_needed(client, self.fragments, control, replicated=config.zero_stage == 0)
-        self._anatomy = anatomy
+        self._micro_batch, self._anatomy = micro_batch, anatomy
         self._sharding = Sharding(
             config.zero_stage,
             precision,
@@ -213,6 +206,14 @@ class Engine:
             config.bucket_elements,
             optimizer=optimizer.kind,
         )
+        try:
+            with self._memory_faults("the engine", []):
+                self.engine, _, _, _ = deepspeed.initialize(model=module, optimizer=client, config=self.ds_config)
+        except (deepspeed.runtime.config.DeepSpeedConfigError, ValidationError) as error:
+            raise ConfigError(f"deepspeed: refused by DeepSpeed {deepspeed.__version__}: {error}") from None
+        self._loss_scale, self._left_out = 1.0, False
+        self.fragments = EngineState(self.engine, prefix=PARAMETER_PREFIX)
+        bind_if_needed(client, self.fragments, control, replicated=config.zero_stage == 0)
         self._gate = StepGate(self._gradient_norm)
         client.gate = self._gate
         self._client = client
@@ -262,7 +263,7 @@ class Engine:
         self._accumulate(len(data.micro_batches))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_factor", 1.0)
-        with self._memory_faults(data.micro_batches, step=step):
+        with self._memory_faults(f"step {step + 1}", data.micro_batches):
             loss, accuracy, forward_s = self._forward_backward(data, counts, step=step)
             backward_done = time.perf_counter()
             self._gate.prepare(judge, loss=loss)
@@ -315,16 +316,16 @@ class Engine:
         targets = max(1, counts.num_targets)
         return loss_total / targets, correct_total / targets, stopwatch.seconds()
 
-    def _memory_faults(self, batches: Sequence[MicroBatch], *, step: int | None) -> AbstractContextManager[None]:
-        """Out of memory inside becomes a fault that says what the plan says about these micro-batches."""
-        anatomy = self._anatomy
+    def _memory_faults(self, what: str, batches: Sequence[MicroBatch]) -> AbstractContextManager[None]:
+        """Out of memory inside becomes a fault that says what the plan says about these micro-batches, or about none."""
         advice = None
-        if anatomy is not None and batches:
+        if self._anatomy is not None:
             advice = functools.partial(
-                advice_for, anatomy, self._sharding, batches, micro_batch=self._micro_batch, device=self.device,
+                advice_for, self._anatomy, self._sharding, batches, micro_batch=self._micro_batch, device=self.device,
                 ranks_here=self.control.world.local_size,
             )  # fmt: skip
-        return memory_faults_named(micro_batch=self._micro_batch, device=self.device, step=step, advice=advice)
+        rows = self._micro_batch if batches else None
+        return memory_faults_named(what=what, micro_batch=rows, device=self.device, advice=advice)
 
     def _gradient_norm(self) -> float:
         """Global, before clipping; 0 where DeepSpeed does not compute it. Known from DeepSpeed's step on."""
@@ -354,7 +355,7 @@ class Engine:
         try:
             for number, batch in enumerate(self._feed(batches)):
                 self._leave_together(should_leave, number)
-                with self._memory_faults([batch], step=None):
+                with self._memory_faults("an evaluation", [batch]):
                     loss_sum, hits = self.engine(batch)
                 totals = [totals[0] + float(loss_sum), totals[1] + float(hits), totals[2] + batch.num_targets]
         finally:
@@ -378,7 +379,7 @@ class Engine:
         try:
             for number, (batch, given) in enumerate(zip(self._feed(batches), batches)):
                 self._leave_together(should_leave, number)
-                with self._memory_faults([batch], step=None):
+                with self._memory_faults("an evaluation", [batch]):
                     logits = self.engine.module.model(batch)
                 found.append(logits[: len(given.targets)].float().cpu())
         finally:

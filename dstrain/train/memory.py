@@ -24,15 +24,15 @@ _PARTS_TOLD = 4
 
 @contextmanager
 def memory_faults_named(
-    *, micro_batch: int, device: str, step: int | None, advice: Callable[[], str] | None = None
+    *, what: str, micro_batch: int | None, device: str, advice: Callable[[], str] | None = None
 ) -> Iterator[None]:
     """Turn running out of memory inside into a fault that names the mend.
 
     Args:
-        micro_batch: rows of one forward.
+        what: does not fit: a step, an evaluation, the engine.
+        micro_batch: rows of one forward; None where no forward is involved.
         device: cpu or cuda.
-        step: steps done; None in an evaluation.
-        advice: what the plan says about this micro-batch; asked only when it is needed.
+        advice: what the plan says about it; asked only when it is needed.
 
     Raises:
         ConfigError: in place of torch's error; what torch said comes with it.
@@ -42,15 +42,19 @@ def memory_faults_named(
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        smaller = f"lower train.micro_batch (now {micro_batch}; the global batch and the results stay the same)"
-        if micro_batch == 1:
-            smaller = "lower data.sequence_length (train.micro_batch is 1 already)"
         planned = f". {advice()}" if advice is not None else ""
-        what = "an evaluation" if step is None else f"step {step + 1}"
         raise ConfigError(
-            f"{what} does not fit the memory of {'the GPU' if device == 'cuda' else 'this machine'}: {smaller}, "
-            f"raise engine.zero_stage, or leave the memory to this process alone ({str(error).splitlines()[0]}){planned}"
+            f"{what} does not fit the memory of {'the GPU' if device == 'cuda' else 'this machine'}: {_smaller(micro_batch)}raise "
+            f"engine.zero_stage, or leave the memory to this process alone ({str(error).splitlines()[0]}){planned}"
         ) from error
+
+
+def _smaller(micro_batch: int | None) -> str:
+    if micro_batch is None:
+        return ""
+    if micro_batch == 1:
+        return "lower data.sequence_length (train.micro_batch is 1 already), "
+    return f"lower train.micro_batch (now {micro_batch}; the global batch and the results stay the same), "
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -72,19 +76,22 @@ def advice_for(
     Args:
         anatomy: the model.
         sharding: of the run.
-        batches: of the step that failed.
+        batches: of the step that failed; empty where not even weights and optimizer found room.
         micro_batch: most rows of a forward, as configured.
         device: cpu or cuda.
         ranks_here: processes that share this host's memory, on a CPU.
     """
     capacity = capacity_bytes(device, ranks_here=ranks_here)
-    batch = max((_batch(b) for b in batches), key=lambda b: b.tokens)
+    batch = max((_batch(b) for b in batches), key=lambda b: b.tokens, default=Batch(0, 0, 0.0))
     plan = footprint(anatomy, sharding, batch, device=device)
+    needs = f"By the plan a rank needs {_gibibytes(plan.total)} of {_gibibytes(capacity)} ({_largest(plan)})"
+    if not batch.tokens:
+        return f"{needs} before the first micro-batch"
     most = largest_micro_batch(
         anatomy, sharding, scaled(batch, 1 / micro_batch), device=device, capacity_bytes=capacity,
         rows=micro_batch * sharding.accumulation,
     )  # fmt: skip
-    return f"By the plan a rank needs {_gibibytes(plan.total)} of {_gibibytes(capacity)} ({_largest(plan)}); {_fitting(most, micro_batch)}"
+    return f"{needs}; {_fitting(most, micro_batch)}"
 
 
 def capacity_bytes(device: str, *, ranks_here: int) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from dstrain.base.device import Precision
 from dstrain.models.anatomy import Anatomy
-from dstrain.train.ds_config import PERSISTENT_ELEMENTS, REUSE_ELEMENTS
+from dstrain.train.ds_config import MULTI_RANK_BUCKETS, PERSISTENT_ELEMENTS, REUSE_ELEMENTS
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -46,7 +46,7 @@ class Sharding:
     ranks: int
     accumulation: int = 1
     bucket_elements: int = 50_000_000
-    multi_rank_buckets: bool = True
+    multi_rank_buckets: bool = MULTI_RANK_BUCKETS
     """DeepSpeed's use_multi_rank_bucket_allreduce; matters at stages 1 (fp32, fp16) and 2."""
     optimizer: str = "adamw"
     """Its kind: decides the moments. What Muon and LAMB exchange besides is not counted."""

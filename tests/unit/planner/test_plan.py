@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,3 +66,8 @@ def test_memory_is_that_of_the_micro_batch_on_the_rank_with_most_rows() -> None:
     assert plan.micro_batch == 13  # 100 rows on 8 ranks
     one = footprint(plan.workload.anatomy, plan.sharding, scaled(plan.batch, 1), device="cuda")
     assert plan.memory == one
+
+
+def test_failures_faster_than_saves_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"the run would never end; give --mtbf-hours of one GPU"):
+        make_plan(workload(), replace(site(gpus=1024), device_hours_per_failure=0.001))

@@ -64,3 +64,9 @@ def test_a_padded_model_is_said(shards: Path) -> None:
     found = read(shards, sections={"model": {"attention": "padded"}})
     assert found.anatomy.quadratic
     assert "padding is not counted" in found.assumptions[0]
+
+
+def test_a_v100_has_no_bf16_and_the_plan_says_so(shards: Path) -> None:
+    found = read(shards, "v100", sections={"engine": {"precision": "bf16"}})
+    assert found.precision == "fp16"
+    assert found.assumptions == ("fp16 in place of bf16, which a V100 does not have",)

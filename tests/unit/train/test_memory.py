@@ -29,7 +29,7 @@ def test_both_forms_name_the_micro_batch_and_what_torch_said(error: RuntimeError
     message = r"step 10 does not fit .*: lower train\.micro_batch \(now 32"
     with (
         pytest.raises(ConfigError, match=message) as caught,
-        memory_faults_named(micro_batch=32, device="cuda", step=9),
+        memory_faults_named(what="step 10", micro_batch=32, device="cuda"),
     ):
         raise error
     assert str(error).splitlines()[0] in str(caught.value)
@@ -45,13 +45,16 @@ def test_a_real_allocation_that_cannot_be_is_recognised() -> None:
 def test_one_row_is_no_micro_batch_to_lower() -> None:
     with (
         pytest.raises(ConfigError, match=r"lower data\.sequence_length"),
-        memory_faults_named(micro_batch=1, device="cpu", step=0),
+        memory_faults_named(what="step 1", micro_batch=1, device="cpu"),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_other_errors_pass() -> None:
-    with pytest.raises(RuntimeError, match="shape mismatch"), memory_faults_named(micro_batch=1, device="cpu", step=0):
+    with (
+        pytest.raises(RuntimeError, match="shape mismatch"),
+        memory_faults_named(what="step 1", micro_batch=1, device="cpu"),
+    ):
         raise RuntimeError("shape mismatch")
 
 
@@ -88,11 +91,24 @@ def test_a_model_too_large_for_one_row_says_so(monkeypatch: pytest.MonkeyPatch) 
 
 def test_advice_is_part_of_the_fault_and_asked_for_only_then() -> None:
     asked: list[int] = []
-    with memory_faults_named(micro_batch=4, device="cpu", step=0, advice=lambda: str(asked.append(1))):
+    with memory_faults_named(what="step 1", micro_batch=4, device="cpu", advice=lambda: str(asked.append(1))):
         pass
     assert asked == []
     with (
         pytest.raises(ConfigError, match=r"\. By the plan 3 rows"),
-        memory_faults_named(micro_batch=4, device="cpu", step=0, advice=lambda: "By the plan 3 rows"),
+        memory_faults_named(what="step 1", micro_batch=4, device="cpu", advice=lambda: "By the plan 3 rows"),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_an_engine_without_room_is_no_matter_of_the_micro_batch() -> None:
+    told = advice_for(ANATOMY, Sharding(0, "bf16", 2), [], micro_batch=6, device="cpu", ranks_here=2)
+    assert told.endswith("before the first micro-batch")
+    with (
+        pytest.raises(
+            ConfigError, match=r"^the engine does not fit the memory of the GPU: raise engine\.zero_stage"
+        ) as caught,
+        memory_faults_named(what="the engine", micro_batch=None, device="cuda", advice=lambda: told),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert "micro_batch (now" not in str(caught.value)
