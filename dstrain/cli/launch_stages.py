@@ -109,7 +109,8 @@ def _step(args: argparse.Namespace) -> list[str]:
 def _launch_options(args: argparse.Namespace) -> list[str]:
     """Options for the `dstrain launch` inside of the job."""
     names = ("max_restarts", "min_processes", "grace", "port")
-    return [f"--{name.replace('_', '-')}={value}" for name in names if (value := getattr(args, name)) is not None]
+    said = [f"--{name.replace('_', '-')}={value}" for name in names if (value := getattr(args, name)) is not None]
+    return [*said, *(f"--forward={name}" for name in args.forward)]
 
 
 def _engine(config: Any) -> dict[str, Any]:

@@ -73,9 +73,11 @@ def test_what_the_script_gets_is_what_dstrain_launch_takes(
     assert "seed=4" in capsys.readouterr().out
 
 
-def test_forward_adds_a_variable(config: Path, calls: Path) -> None:
+def test_forward_adds_a_variable_to_the_job_and_to_the_launch_inside_it(config: Path, calls: Path) -> None:
     assert main(["launch", "pretrain", str(config), "--nodes", "1", "--forward", "MY_TOKEN"]) == 0
-    assert submitted(calls)[1]["MY_TOKEN"] == "hush"
+    words, environment = submitted(calls)
+    assert environment["MY_TOKEN"] == "hush"
+    assert words[-1] == "--forward=MY_TOKEN"
 
 
 def test_an_array_of_shards_takes_its_processes_as_cpus(calls: Path) -> None:
