@@ -106,7 +106,7 @@ def _run_stage(args: argparse.Namespace) -> int:
     configure_logs(world)
     # In force before the imports of the stage, which take seconds: a request in that time must not just kill the process.
     with StopRequest(watch_parent=world.size > 1) as stop:
-        _take_up(world, args)
+        _take_up(world, *_said_once(world, lambda: _split_items(args)))
         config = _said_once(world, lambda: _stage_config(args))
         _said_once(world, lambda: make_private(config.run_folder))
         _prepare(config)
@@ -119,11 +119,10 @@ def _run_stage(args: argparse.Namespace) -> int:
         return int(finetune(config, world, stop=stop))
 
 
-def _take_up(world: World, args: argparse.Namespace) -> None:
+def _take_up(world: World, path: Path, overrides: list[str]) -> None:
     """Threads, cores and interfaces first: reading the whole configuration imports torch, which makes its thread pools."""
     from dstrain.launcher.rank_environment import take_up
 
-    path, overrides = _said_once(world, lambda: _split_items(args))
     engine = _said_once(world, lambda: merge(read_yaml(path), parse_overrides(overrides)).get("engine", {}))
     fields = {name: engine[name] for name in RankSettings.model_fields if isinstance(engine, dict) and name in engine}
     try:
@@ -144,6 +143,9 @@ def _run_evaluate(args: argparse.Namespace) -> int:
 
     world = world_from_environment(local_rank=args.local_rank)
     configure_logs(world)
+    folder: Path | None = args.run_option or args.run_folder
+    if folder is not None and (folder / "config.yaml").is_file():
+        _take_up(world, folder / "config.yaml", [item for item in args.overrides if "=" in item])
     stage, config = _said_once(world, lambda: _evaluated_run(args))
     _prepare(config)
     from dstrain.stages.evaluate import evaluate

@@ -179,6 +179,15 @@ def test_threads_and_interfaces_are_set_before_the_stage_is_imported(seen: Seen,
 
 
 @pytest.mark.usefixtures("clean_environment", "seen")
+def test_an_evaluation_takes_them_from_the_runs_own_configuration(tmp_path: Path) -> None:
+    write_config(tmp_path / "run/config.yaml", pretrain_settings(tmp_path, tmp_path / "run", engine={"threads": 5}))
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    assert os.environ["OMP_NUM_THREADS"] == "5"
+    assert main(["evaluate", str(tmp_path / "run"), "engine.threads=2"]) == 0
+    assert os.environ["OMP_NUM_THREADS"] == "2"
+
+
+@pytest.mark.usefixtures("clean_environment", "seen")
 @pytest.mark.parametrize(("rank", "speaks"), [(0, True), (1, False), (2, True)])
 def test_an_interface_that_a_machine_lacks_is_said_once_on_each_machine(
     rank: int, speaks: bool, run_yaml: str, capsys: pytest.CaptureFixture[str]
