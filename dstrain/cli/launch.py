@@ -26,11 +26,12 @@ _EXAMPLES = {
   dstrain launch evaluate runs/bert-base --step 1000""",
     "shards": """
   dstrain launch shards --input 'corpus/*.jsonl.gz' --tokenizer tok/ --out shards/ --array 0-15   (a SLURM array)
-  dstrain launch shards shards.yaml --workers 8      (the same names in a file, processes of this machine)
-
-Started here, a build has its history and logs in .launch-NAME beside --out. As an array, each element has its log.""",
+  dstrain launch shards shards.yaml --workers 8      (the same names in a file, processes of this machine)""",
     "export": """
   dstrain launch export runs/bert-base --out hf/""",
+}
+_NOTES = {
+    "shards": "\n\nStarted here, a build has its history and logs in .launch-NAME beside --out. As an array, each element has its log.",
 }
 _EPILOG = f"""
 examples:{"".join(_EXAMPLES.values())}
@@ -60,7 +61,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     for stage, summary in _SUMMARIES.items():
         one = stages.add_parser(
             stage, help=summary, description=f"{summary[0].upper()}{summary[1:]}; see also dstrain launch --help.",
-            epilog=f"examples:{_EXAMPLES[stage]}",
+            epilog=f"examples:{_EXAMPLES[stage]}{_NOTES.get(stage, '')}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         _add_subject(one, stage)
