@@ -20,6 +20,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("run_folder", type=Path, help="the run folder")
     parser.add_argument("--out", type=Path, help="folder to write; default: export/ in the run folder")
     parser.add_argument("--step", type=int, help="checkpoint to export; default: the best by metric, else the newest")
+    parser.add_argument(
+        "--average", metavar="last:K", help="export the mean of the K newest checkpoints (up to --step) instead of one"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
     parser.set_defaults(run=_run)
 
@@ -31,7 +34,7 @@ def _run(args: argparse.Namespace) -> int:
 
     configure_logs(World())
     out = args.out or args.run_folder / "export"
-    report = export_run(args.run_folder, out, step=args.step, overwrite=args.overwrite)
+    report = export_run(args.run_folder, out, step=args.step, average=args.average, overwrite=args.overwrite)
     print(
         f"{out}: step {report.step}, {report.num_parameters / 1e6:.1f} M parameters; logits differ by at most {report.max_difference:.1e}"
     )

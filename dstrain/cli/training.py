@@ -59,6 +59,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("run_folder", nargs="?", type=Path, help="the run folder")
     parser.add_argument("--run", dest="run_option", type=Path, metavar="FOLDER", help="the same, as an option")
     parser.add_argument("--step", type=int, help="checkpoint to score; default: the best by metric, else the newest")
+    parser.add_argument(
+        "--average", metavar="last:K", help="score the mean of the K newest checkpoints (up to --step) instead of one"
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the run's configuration")
     parser.set_defaults(run=_run_evaluate, more_into="overrides")
@@ -150,7 +153,7 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     _prepare(config)
     from dstrain.stages.evaluate import evaluate
 
-    metrics = evaluate(stage, config, world, step=args.step)
+    metrics = evaluate(stage, config, world, step=args.step, average=args.average)
     if world.is_first:
         print(json.dumps(metrics, indent=1))
     return 0

@@ -26,6 +26,9 @@ class ModelConfig(Config):
     init_from: str | None = None
     """A run folder, a checkpoint folder or a Hugging Face folder to take weights (and, where `config` is empty, the
     architecture) from. None starts from random weights."""
+    init_from_smaller: str | None = None
+    """A smaller encoder of the same model_type (a folder as for init_from) to grow this one from: its matrices lie in the middle
+    of the larger ones and wrap around, its layers are repeated (arXiv 2412.13663). Of pretraining; same tokenizer."""
     attention: Literal["auto", "unpadded", "padded"] = "auto"
     """unpadded: one flat row, attention inside documents only, nothing computed on padding. padded: one padded row per
     document, for models outside transformers' attention interface. auto: unpadded where a self-check proves it equal."""
@@ -37,6 +40,8 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _something(self) -> ModelConfig:
+        if self.init_from is not None and self.init_from_smaller is not None:
+            raise ValueError("give init_from for the same sizes, or init_from_smaller for larger ones, and not both")
         if self.kind == "dstrain-encoder":
             if self.attention == "padded":
                 raise ValueError("attention: padded belongs to kind: huggingface; dstrain-encoder is always unpadded")

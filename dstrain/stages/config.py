@@ -126,6 +126,10 @@ class FinetuneConfig(RunConfig):
 
     @model_validator(mode="after")
     def _pairs(self) -> FinetuneConfig:
+        if self.model.init_from_smaller is not None:
+            raise ValueError(
+                "model.init_from_smaller begins a pretraining run; fine-tune from its result with model.init_from"
+            )
         if self.tokenizer is None and self.model.init_from is None:
             raise ValueError("tokenizer: give a tokenizer folder, or model.init_from, which brings its own")
         if self.train.max_steps is not None:

@@ -12,13 +12,14 @@ from dstrain.base.world import World
 from dstrain.checkpoint.manifest import MASTER
 from dstrain.stages import finetune, pretrain
 from dstrain.stages.assembly import open_site
+from dstrain.stages.averaging import average_of
 from dstrain.stages.config import FinetuneConfig, PretrainConfig
 from dstrain.stages.initial import best_checkpoint
 from dstrain.train.engine import Engine
 
 
 def evaluate(
-    stage: str, config: PretrainConfig | FinetuneConfig, world: World, *, step: int | None
+    stage: str, config: PretrainConfig | FinetuneConfig, world: World, *, step: int | None, average: str | None = None
 ) -> dict[str, float]:
     """Collective. The held-out metrics of a checkpoint; writes nothing.
 
@@ -27,6 +28,7 @@ def evaluate(
         config: of the run.
         world: this process's place; any number of processes gives the same metrics.
         step: which checkpoint; None takes the best by metric, else the newest valid one.
+        average: `last:K` scores the mean of the K newest checkpoints (up to `step`).
 
     Raises:
         ConfigError: the run has no such checkpoint, or nothing to evaluate on.
@@ -34,7 +36,10 @@ def evaluate(
     with ExitStack() as stack:
         stack.enter_context(peer_loss_named(lambda: "in an evaluation"))
         site = stack.enter_context(open_site(config, world))
-        checkpoint = site.control.together(lambda: best_checkpoint(config.run_folder, step=step))
+        mean = site.control.together(lambda: average and average_of(config.run_folder, average, step=step))
+        checkpoint = (
+            mean.newest if mean else site.control.together(lambda: best_checkpoint(config.run_folder, step=step))
+        )
         if isinstance(config, PretrainConfig):
             pretraining = config
             parts = site.control.together(lambda: pretrain.assemble(pretraining, site))
@@ -49,8 +54,11 @@ def evaluate(
             accumulation=parts.accumulation, seed=config.seed, row_length=parts.row_length, raw=config.deepspeed.values(),
         )  # fmt: skip
         fragments = engine.fragments
-        with torch.no_grad():
-            site.control.together(lambda: checkpoint.load_into(f for f in fragments.held() if f.state == MASTER))
-        fragments.refresh()
+        if mean:
+            fragments.fill_masters(mean.weights)
+        else:
+            with torch.no_grad():
+                site.control.together(lambda: checkpoint.load_into(f for f in fragments.held() if f.state == MASTER))
+            fragments.refresh()
         metrics = parts.evaluate(engine, None)
         return {"step": float(checkpoint.manifest.step), **metrics}

@@ -7,6 +7,7 @@ the checkpoint before the folder gets its name.
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from dstrain.models.huggingface import (
     reload_logits,
     save_folder,
 )
+from dstrain.stages.averaging import average_of
 from dstrain.stages.initial import best_checkpoint, plain_architecture, special_tokens
 from dstrain.stages.model_card import model_card
 
@@ -47,13 +49,16 @@ class ExportReport:
     max_difference: float
 
 
-def export_run(run_folder: Path, out: Path, *, step: int | None = None, overwrite: bool = False) -> ExportReport:
+def export_run(
+    run_folder: Path, out: Path, *, step: int | None = None, average: str | None = None, overwrite: bool = False
+) -> ExportReport:  # fmt: skip
     """Write a Hugging Face folder, or nothing.
 
     Args:
         run_folder: of a pretraining or fine-tuning run.
         out: folder to make.
         step: checkpoint to export; None takes the best by metric, else the newest valid one.
+        average: `last:K` exports the mean of the K newest checkpoints (up to `step`).
         overwrite: replace `out` if it exists.
 
     Raises:
@@ -64,9 +69,10 @@ def export_run(run_folder: Path, out: Path, *, step: int | None = None, overwrit
         raise ConfigError(f"{run_folder}: no such run folder")
     if out.exists() and not overwrite:
         raise ConfigError(f"{out}: exists already; give another --out, or --overwrite to replace it")
-    checkpoint = best_checkpoint(run_folder, step=step)
+    mean = average_of(run_folder, average, step=step) if average is not None else None
+    checkpoint = mean.newest if mean is not None else best_checkpoint(run_folder, step=step)
     tokenizer = Tokenizer.load(checkpoint.folder / "tokenizer")
-    module = rebuild(checkpoint, tokenizer)
+    module = rebuild(checkpoint, tokenizer, weights=mean.weights if mean is not None else None)
     make_directory(out.parent)
     staging = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -74,7 +80,9 @@ def export_run(run_folder: Path, out: Path, *, step: int | None = None, overwrit
         save_folder(module, staging)
         tokenizer.copy_to(staging)
         _trim_tokenizer_inputs(module, staging)
-        write_text(staging / "README.md", model_card(run_folder, checkpoint))
+        write_text(
+            staging / "README.md", model_card(run_folder, checkpoint, averaged=mean.steps if mean is not None else ())
+        )
         difference = _compare(module, staging, tokenizer)
         if not difference <= TOLERANCE:
             raise CheckpointError(
@@ -99,8 +107,10 @@ def _trim_tokenizer_inputs(module: nn.Module, folder: Path) -> None:
     write_json(path, {**settings, "model_input_names": [name for name in names if name in accepted]})
 
 
-def rebuild(checkpoint: Checkpoint, tokenizer: Tokenizer) -> nn.Module:
-    """The checkpoint's model in fp32 with its weights, on the CPU."""
+def rebuild(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, *, weights: Mapping[str, Tensor] | None = None
+) -> nn.Module:  # fmt: skip
+    """The checkpoint's model in fp32 with its weights (or others of its names and shapes), on the CPU."""
     manifest = checkpoint.manifest
     config = ModelConfig(config={"model_type": manifest.architecture["model_type"]}, attention="padded", pad_vocab_to=1)
     extra: dict[str, Any] = dict(manifest.extra)
@@ -117,7 +127,7 @@ def rebuild(checkpoint: Checkpoint, tokenizer: Tokenizer) -> nn.Module:
             config, num_labels=1 if regression else len(labels), labels=labels, regression=regression,
             vocab_size=tokenizer.vocab_size, special=special, architecture=architecture,
         )  # fmt: skip
-    fresh = initialise(module, checkpoint.tensors(), source=str(checkpoint.folder))
+    fresh = initialise(module, checkpoint.tensors() if weights is None else weights, source=str(checkpoint.folder))
     if fresh:
         raise CheckpointError(f"{checkpoint.folder}: does not hold {', '.join(fresh)}")
     return module.eval()

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from dstrain.base.errors import ConfigError
 from dstrain.checkpoint.layout import MANIFEST, checkpoints_folder
 from dstrain.checkpoint.reader import Checkpoint, newest_valid
 from dstrain.data.tokenizer import Tokenizer
 from dstrain.models.huggingface import load_folder_weights, read_architecture
+from dstrain.models.tiling import grown, sizes_of
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Origin:
         return load_folder_weights(self.folder)
 
 
-def find_origin(init_from: str | None) -> Origin | None:
-    """Look at what `model.init_from` names; None when it names nothing.
+def find_origin(init_from: str | None, *, key: str = "init_from") -> Origin | None:
+    """Look at what `model.init_from` (or another key of the section) names; None when it names nothing.
 
     Raises:
         ConfigError: the folder is missing or holds neither a run, a checkpoint nor a Hugging Face model.
@@ -43,7 +45,7 @@ def find_origin(init_from: str | None) -> Origin | None:
         return None
     folder = Path(init_from)
     if not folder.is_dir():
-        raise ConfigError(f"model.init_from: {folder}: no such folder (models are not downloaded; give a local folder)")
+        raise ConfigError(f"model.{key}: {folder}: no such folder (models are not downloaded; give a local folder)")
     if checkpoints_folder(folder).is_dir():
         return _from_checkpoint(best_checkpoint(folder))
     if (folder / MANIFEST).is_file():
@@ -52,7 +54,7 @@ def find_origin(init_from: str | None) -> Origin | None:
         tokenizer = folder if (folder / "tokenizer.json").is_file() else None
         return Origin(str(folder), read_architecture(folder), tokenizer, None, folder)
     raise ConfigError(
-        f"model.init_from: {folder}: neither a run folder (checkpoints/), nor a checkpoint (manifest.json), "
+        f"model.{key}: {folder}: neither a run folder (checkpoints/), nor a checkpoint (manifest.json), "
         "nor a Hugging Face folder (config.json)"
     )
 
@@ -106,3 +108,30 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
         "bos_token_id": tokenizer.cls_id,
         "eos_token_id": tokenizer.sep_id,
     }
+
+
+def grow_from_smaller(model: nn.Module, folder: str, tokenizer: Tokenizer) -> None:
+    """Fill a wrapped masked-LM model from a smaller one of its kind (`model.init_from_smaller`).
+
+    Raises:
+        ConfigError: it is none, has another tokenizer, or does not fit.
+    """
+    origin = find_origin(folder, key="init_from_smaller")
+    assert origin is not None
+    theirs = Tokenizer.load(origin.tokenizer_folder) if origin.tokenizer_folder is not None else tokenizer
+    if theirs.fingerprint != tokenizer.fingerprint:
+        raise ConfigError(
+            f"model.init_from_smaller: {origin.source}: has another tokenizer than the data; use the same one"
+        )
+    inner: Any = model.model
+    small, large = origin.architecture.get("model_type"), inner.config.model_type
+    if small != large:
+        raise ConfigError(f"model.init_from_smaller: {origin.source}: is a {small}, this model is a {large}")
+    own = dict(inner.named_parameters())
+    weights = grown(
+        origin.weights(), {name: tuple(p.shape) for name, p in own.items()}, small=sizes_of(origin.architecture),
+        large=sizes_of(inner.config.to_dict()), source=origin.source,
+    )  # fmt: skip
+    with torch.no_grad():
+        for name, weight in weights.items():
+            own[name].copy_(weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from dstrain.checkpoint.reader import Checkpoint
 from dstrain.monitor.events import current_curve, read_events
 
 
-def model_card(run_folder: Path, checkpoint: Checkpoint) -> str:
+def model_card(run_folder: Path, checkpoint: Checkpoint, *, averaged: Sequence[int] = ()) -> str:
     """Markdown with front matter, from the checkpoint and the run's own records."""
     manifest, state = checkpoint.manifest, checkpoint.manifest.state
     pipeline = "fill-mask" if manifest.stage == "pretrain" else "text-classification"
@@ -25,6 +26,7 @@ def model_card(run_folder: Path, checkpoint: Checkpoint) -> str:
         f"A {manifest.architecture.get('model_type')} encoder, {done} with dstrain.",
         "", "| | |", "|---|---|",
         f"| optimizer steps | {manifest.step} |",
+        *([f"| weights | mean of steps {', '.join(map(str, averaged))} |"] if averaged else []),
         f"| rows (or examples) seen | {state.get('rows', 0)} |",
         f"| tokens seen | {state.get('tokens', 0)} |",
         f"| training time | {hours:.3f} h on {manifest.world_size} process(es), over all restarts |",

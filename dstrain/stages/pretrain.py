@@ -19,7 +19,7 @@ from dstrain.models.layer_routes import LayerRoutes
 from dstrain.objectives.mlm import MlmObjective
 from dstrain.stages.assembly import Assembly, Site, seed_weights
 from dstrain.stages.config import PretrainConfig
-from dstrain.stages.initial import find_origin, special_tokens
+from dstrain.stages.initial import find_origin, grow_from_smaller, special_tokens
 from dstrain.stages.training import run_training
 from dstrain.stages.training_data import (
     VALIDATION,
@@ -117,6 +117,8 @@ def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> MaskedLanguageM
         )
     if origin is not None:
         initialise(model, origin.weights(), source=origin.source)
+    elif config.model.init_from_smaller is not None:
+        grow_from_smaller(model, config.model.init_from_smaller, tokenizer)
     return model
 
 

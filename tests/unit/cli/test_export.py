@@ -30,8 +30,15 @@ def test_the_folder_is_export_in_the_run_unless_another_is_given(
 ) -> None:
     assert main(["export", "runs/a"]) == 0
     assert main(["export", "runs/a", "--out", "hf", "--step", "8", "--overwrite"]) == 0
-    assert calls[0] == {"run_folder": Path("runs/a"), "out": Path("runs/a/export"), "step": None, "overwrite": False}
-    assert calls[1] == {"run_folder": Path("runs/a"), "out": Path("hf"), "step": 8, "overwrite": True}
+    assert main(["export", "runs/a", "--average", "last:5"]) == 0
+    usual = {
+        "run_folder": Path("runs/a"),
+        "out": Path("runs/a/export"),
+        "step": None,
+        "average": None,
+        "overwrite": False,
+    }
+    assert calls == [usual, {**usual, "out": Path("hf"), "step": 8, "overwrite": True}, {**usual, "average": "last:5"}]
     assert "hf: step 12, 1.2 M parameters; logits differ by at most 3.0e-07" in capsys.readouterr().out
 
 

@@ -21,6 +21,7 @@ class Seen:
     world: Any = None
     stop: Any = None
     step: Any = None
+    average: Any = None
 
 
 @pytest.fixture
@@ -34,8 +35,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         calls.config, calls.world, calls.stop = config, world, stop
         return 0
 
-    def score(kind: str, config: Any, world: Any, *, step: int | None) -> dict[str, float]:
-        calls.config, calls.world, calls.step = config, world, step
+    def score(kind: str, config: Any, world: Any, *, step: int | None, average: str | None) -> dict[str, float]:
+        calls.config, calls.world, calls.step, calls.average = config, world, step, average
         return {"loss": 1.5}
 
     monkeypatch.setattr(pretrain, "pretrain", stage)
@@ -144,7 +145,7 @@ def finished(folder: Path) -> Path:
 @pytest.mark.parametrize(
     "argv",
     [["RUN", "train.micro_batch=3"], ["--run", "RUN", "train.micro_batch=3"], ["RUN", "--step", "4", "train.micro_batch=3"],
-     ["--local_rank=0", "--run", "RUN", "--step", "4", "train.micro_batch=3"]],
+     ["RUN", "--average", "last:3", "train.micro_batch=3"], ["--local_rank=0", "--run", "RUN", "--step", "4", "train.micro_batch=3"]],
     ids=" ".join,
 )  # fmt: skip
 def test_evaluate_takes_the_run_folder_as_argument_or_option(
@@ -155,6 +156,7 @@ def test_evaluate_takes_the_run_folder_as_argument_or_option(
     assert seen.config.train.micro_batch == 3
     assert str(seen.config.run_folder) == folder, "a run may have been moved"
     assert seen.step == (4 if "--step" in argv else None)
+    assert seen.average == ("last:3" if "--average" in argv else None)
     assert json.loads(capsys.readouterr().out) == {"loss": 1.5}
 
 

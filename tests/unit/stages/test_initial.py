@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from dstrain.base.errors import CheckpointError, ConfigError
+from dstrain.data.tokenizer import Tokenizer, train_tokenizer
 from dstrain.models.huggingface import save_folder
-from dstrain.stages.initial import best_checkpoint, find_origin
+from dstrain.stages.initial import best_checkpoint, find_origin, grow_from_smaller
 from tests.support.tiny_checkpoints import fragments_of, manifest_of, save, state_of, writer_of
-from tests.support.tiny_models import tiny_model
+from tests.support.tiny_models import tiny_encoder, tiny_model
 
 
 def save_with_best(folder: Path, step: int, *, best: int, **fields: Any) -> None:
@@ -102,3 +103,50 @@ def test_what_is_none_of_these_is_named(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("garbage")
     with pytest.raises(CheckpointError, match="not readable as JSON"):
         find_origin(str(tmp_path))
+
+
+GROWING: dict[str, dict[str, Any]] = {
+    "bert": {"hidden_size": 48, "num_hidden_layers": 5, "num_attention_heads": 3, "intermediate_size": 80},
+    "modernbert": {"hidden_size": 48, "num_hidden_layers": 7, "num_attention_heads": 3, "intermediate_size": 80},
+    "distilbert": {"dim": 48, "n_layers": 5, "n_heads": 3, "hidden_dim": 80},
+    "dstrain-encoder": {"hidden_size": 48, "num_hidden_layers": 7, "num_attention_heads": 3, "intermediate_size": 80},
+}
+
+
+@pytest.mark.parametrize("family", GROWING)
+def test_a_larger_encoder_of_every_family_begins_from_a_smaller_one(
+    tmp_path: Path, tokenizer_folder: Path, family: str
+) -> None:
+    own = family == "dstrain-encoder"
+    save_folder(tiny_model("modernbert" if own else family, seed=5), tmp_path / "small")
+    large = tiny_encoder(seed=6, **GROWING[family]) if own else tiny_model(family, seed=6, **GROWING[family])
+    before = {name: p.detach().clone() for name, p in large.named_parameters()}
+    grow_from_smaller(large, str(tmp_path / "small"), Tokenizer.load(tokenizer_folder))
+    after = dict(large.named_parameters())
+    random = [name for name in before if before[name].ndim > 1 and torch.equal(before[name], after[name])]
+    assert random == []
+    small = tiny_model("modernbert" if own else family, seed=5).model.get_input_embeddings().weight
+    embeddings = next(p for p in after.values() if p.shape == (64, 48))
+    assert torch.equal(embeddings[:, :32], small), "heads of 16: the middle begins at a multiple of that, here 0"
+
+
+def test_growing_to_the_same_sizes_is_a_copy(tmp_path: Path, tokenizer_folder: Path) -> None:
+    small, large = tiny_model("modernbert", seed=5), tiny_model("modernbert", seed=6)
+    save_folder(small, tmp_path / "small")
+    grow_from_smaller(large, str(tmp_path / "small"), Tokenizer.load(tokenizer_folder))
+    assert all(torch.equal(a, b) for a, b in zip(small.parameters(), large.parameters()))
+
+
+def test_growing_refuses_other_families_and_other_tokenizers(tmp_path: Path, tokenizer_folder: Path) -> None:
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    save_folder(tiny_model("bert"), tmp_path / "small")
+    with pytest.raises(ConfigError, match=r"init_from_smaller: .*small: is a bert, this model is a modernbert"):
+        grow_from_smaller(tiny_model("modernbert"), str(tmp_path / "small"), tokenizer)
+    other = train_tokenizer(
+        ["a b c d"] * 9, kind="wordpiece", vocab_size=40, out=tmp_path / "tok", lowercase=True, quiet=True
+    )
+    Tokenizer.load(other).copy_to(tmp_path / "small")
+    with pytest.raises(ConfigError, match="has another tokenizer than the data"):
+        grow_from_smaller(tiny_model("bert"), str(tmp_path / "small"), tokenizer)
+    with pytest.raises(ConfigError, match=r"model\.init_from_smaller: .*nowhere: no such folder"):
+        grow_from_smaller(tiny_model("bert"), str(tmp_path / "nowhere"), tokenizer)
