@@ -28,7 +28,7 @@ def test_the_best_is_the_cheapest_within_both_budgets() -> None:
                 for micro_batch in (16, 32, 64, 128):
                     place = site(device.name, gpus=gpus)
                     plan = make_plan(workload(), place, stage=stage, micro_batch=micro_batch, compare_stages=False)
-                    if plan.fits and plan.cost.hours <= 10:
+                    if plan.fits and plan.cost.hours <= 10 and (stage or plan.sharding.accumulation == 1):
                         assert plan.cost.money >= money[0] * 0.999
 
 
@@ -79,3 +79,9 @@ def test_counts_are_whole_nodes_and_no_more_than_rows() -> None:
 def test_suggestable_devices_are_gpus() -> None:
     assert all(device.is_gpu for device in suggestable(None))
     assert [device.name for device in suggestable(["h100"])] == ["h100"]
+
+
+def test_no_suggestion_sums_gradients_in_half_precision() -> None:
+    found = search(workload(), site(), Budget(hours=1e5), devices=(DEVICES["4090"],), most_gpus=8, keep=50)
+    assert any(plan.sharding.accumulation > 1 for plan in found.best)
+    assert all(plan.sharding.stage > 0 or plan.sharding.accumulation == 1 for plan in found.best)
