@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from dstrain.base.config import Config
+from dstrain.data.segment_warmup import SegmentWarmupConfig
 from dstrain.data.source_order import Tail
 from dstrain.data.stores import StorageConfig
 
@@ -31,12 +32,30 @@ class SourceConfig(Config):
 class DataPhaseConfig(Config):
     """Another mixture or batch from some step on; what is left out stays as it was."""
 
-    from_step: int = Field(ge=1)
+    from_step: int | None = Field(default=None, ge=1)
     """Optimizer steps done when the phase begins."""
+    from_tokens: int | None = Field(default=None, ge=1)
+    """The same in tokens, counted as rows of all steps times data.sequence_length; the phase begins with the first step by which
+    as many are done."""
     weights: dict[str, float] | None = None
     """New weights, one for every source."""
     global_batch: int | None = Field(default=None, ge=1)
     """Rows of one step from here on; data.lanes must divide it."""
+
+    @property
+    def key(self) -> str:
+        """Names the phase in messages."""
+        return (
+            f"data.phases from_step={self.from_step}"
+            if self.from_step
+            else f"data.phases from_tokens={self.from_tokens}"
+        )
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> DataPhaseConfig:
+        if (self.from_step is None) == (self.from_tokens is None):
+            raise ValueError("give from_step or from_tokens, and not both")
+        return self
 
 
 class SkipRowsConfig(Config):
@@ -58,9 +77,11 @@ class DataConfig(Config):
     sources: list[SourceConfig] = Field(default_factory=list, max_length=256)
     """Several such folders, mixed by weight."""
     phases: list[DataPhaseConfig] = Field(default_factory=list, max_length=1024)
-    """Changes of the mixture or the batch, by step."""
+    """Changes of the mixture or the batch, by step or by tokens."""
     sequence_length: int = Field(default=128, ge=8, le=65536)
     """Tokens of a packed row, special tokens included. Can change without building the shards again."""
+    segment_warmup: SegmentWarmupConfig | None = None
+    """Shorter pieces of documents at first, in the same rows. Default: none."""
     lanes: int | None = Field(default=None, ge=1)
     """Canonical lanes C of the plan; must divide the global batch. Default: the largest divisor up to 64."""
     window_rows: int = Field(default=8192, ge=1)
@@ -103,7 +124,7 @@ class DataConfig(Config):
         for phase in self.phases:
             if phase.weights is not None and set(phase.weights) != known:
                 raise ValueError(
-                    f"data.phases from_step={phase.from_step}: weights name {sorted(phase.weights)}, "
+                    f"{phase.key}: weights name {sorted(phase.weights)}, "
                     f"the sources are {sorted(known)}; give one weight for each"
                 )
         for skip in self.skip_rows:

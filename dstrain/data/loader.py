@@ -6,7 +6,7 @@ handful of integers and fingerprints. Making steps ahead is `data.prefetch`; the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +31,8 @@ from dstrain.data.timeline import with_window
 
 Int64 = npt.NDArray[np.int64]
 
+Reshape = Callable[[MicroBatch, int], MicroBatch]
+
 ERA_EPOCHS = 1 << 20
 """Epoch numbers of each era begin here times the era, so that new data gets masks of its own."""
 
@@ -54,7 +56,7 @@ class PackedLoader:
 
     def __init__(
         self, sources: Mapping[str, RowSource], spec: PlanSpec, corrupt: Corrupt, *, corruption: str, world: World, micro_batch: int,
-        damage: DamagePolicy = "fail", damage_allowance: float = 1e-4, lookahead_bytes: int = 0,
+        damage: DamagePolicy = "fail", damage_allowance: float = 1e-4, lookahead_bytes: int = 0, reshape: Reshape | None = None,
     ) -> None:  # fmt: skip
         """Join the parts.
 
@@ -67,6 +69,7 @@ class PackedLoader:
             micro_batch: most rows of one forward.
             damage: what becomes of rows that cannot be read.
             damage_allowance: share of all blocks that may be damaged.
+            reshape: cuts the segments of a step's micro-batches; sees what has been masked and entered in the ledger.
             lookahead_bytes: tell the datasets which blocks of this size together come next; 0 for local ones.
         """
         self.names = spec.names
@@ -76,7 +79,7 @@ class PackedLoader:
         self.plan = spec.build()
         self.era, self.origin = 0, 0
         self.history: list[dict[str, Any]] = []
-        self._corrupt, self._corruption = corrupt, corruption
+        self._corrupt, self._corruption, self._reshape = corrupt, corruption, reshape
         self._world, self._micro_batch, self._damage = world, micro_batch, damage
         num_blocks = sum(source.dataset.manifest.num_blocks for source in self.sources)
         self.quarantine = Quarantine(self.names, num_blocks=num_blocks, allowance=damage_allowance)
@@ -101,8 +104,9 @@ class PackedLoader:
         damaged: set[tuple[int, int]] = set()
         made = [self._readable(some, step, damaged) for some in _in_batches(parts)]
         num_rows = sum(count for _, _, count in made)
+        batches = [batch for some, _, _ in made for batch in some]
         return StepData(
-            micro_batches=[batch for batches, _, _ in made for batch in batches],
+            micro_batches=batches if self._reshape is None else [self._reshape(batch, step) for batch in batches],
             num_rows=num_rows,
             padded_tokens=num_rows * self.sources[0].sequence_length,
             ledger=sum(digest for _, digest, _ in made) % LEDGER_MODULUS,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,9 +111,12 @@ def plan_spec(config: DataConfig, rows_per_block: Mapping[str, Int64], *, global
     phases = [Phase(0, global_batch, _shares(_weights(config, rows_per_block), names, "data.sources"))]
     for phase in config.phases:
         before = phases[-1]
-        key = f"data.phases from_step={phase.from_step}"
-        shares = _shares(phase.weights, names, key) if phase.weights is not None else before.shares
-        phases.append(Phase(phase.from_step, phase.global_batch or before.global_batch, shares))
+        shares = _shares(phase.weights, names, phase.key) if phase.weights is not None else before.shares
+        first = phase.from_step
+        if first is None:
+            assert phase.from_tokens is not None, "a phase has a beginning"
+            first = step_of_tokens(phases, phase.from_tokens, sequence_length=config.sequence_length)
+        phases.append(Phase(first, phase.global_batch or before.global_batch, shares))
     lanes = choose_lanes([p.global_batch for p in phases], [int(r.sum()) for r in rows], lanes=config.lanes)
     return PlanSpec(
         names=names,
@@ -126,6 +129,22 @@ def plan_spec(config: DataConfig, rows_per_block: Mapping[str, Int64], *, global
         skip_rows=tuple((skip.source, skip.from_step, tuple(skip.rows)) for skip in config.skip_rows),
         seed=seed,
     )
+
+
+def planned_tokens(phases: Sequence[Phase], step: int, *, sequence_length: int) -> int:
+    """Tokens that `step` steps take: their rows times the row length, the same for every run with this plan."""
+    rows = 0
+    for number, phase in enumerate(phases):
+        end = min(step, phases[number + 1].first_step) if number + 1 < len(phases) else step
+        rows += max(0, end - phase.first_step) * phase.global_batch
+    return rows * sequence_length
+
+
+def step_of_tokens(phases: Sequence[Phase], tokens: int, *, sequence_length: int) -> int:
+    """Steps done when at least so many tokens are; the phases so far go on for ever."""
+    last = phases[-1]
+    missing = tokens - planned_tokens(phases, last.first_step, sequence_length=sequence_length)
+    return last.first_step + max(0, -(-missing // (last.global_batch * sequence_length)))
 
 
 def _weights(config: DataConfig, rows_per_block: Mapping[str, Int64]) -> dict[str, float]:

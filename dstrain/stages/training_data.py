@@ -14,16 +14,17 @@ import numpy.typing as npt
 
 from dstrain.base.errors import DamagedBlockError, DataError
 from dstrain.base.locations import RemoteUrl, child_location, parse_location
-from dstrain.base.protocols import ShouldLeave, never
+from dstrain.base.protocols import MicroBatch, ShouldLeave, never
 from dstrain.base.seeds import derive
 from dstrain.base.world import World
 from dstrain.data.config import DataConfig
-from dstrain.data.loader import PackedLoader
-from dstrain.data.plan_spec import SINGLE_SOURCE, PlanSpec, check_repeats, plan_spec
+from dstrain.data.loader import PackedLoader, Reshape
+from dstrain.data.plan_spec import SINGLE_SOURCE, PlanSpec, check_repeats, plan_spec, planned_tokens
 from dstrain.data.reader import ShardDataset
 from dstrain.data.remote_tokenizer import fetch_tokenizer
 from dstrain.data.row_index import rows_per_block
 from dstrain.data.rows import RowSource
+from dstrain.data.segment_warmup import cut_segments, longest_at
 from dstrain.data.tokenizer import Tokenizer
 from dstrain.foreign.dataset import ForeignDataset
 from dstrain.foreign.open import open_dataset
@@ -98,9 +99,25 @@ def open_training_data(config: PretrainConfig, world: World, *, should_leave: Sh
     loader = PackedLoader(
         sources, spec, masking, corruption=masking.description, world=world, micro_batch=config.train.micro_batch,
         damage=config.data.damage, damage_allowance=config.data.damage_allowance,
-        lookahead_bytes=config.data.storage.prefetch_bytes if has_use else 0,
+        lookahead_bytes=config.data.storage.prefetch_bytes if has_use else 0, reshape=_segment_warmup(config.data, spec),
     )  # fmt: skip
     return TrainingData(tokenizer, datasets, spec, loader, epochs)
+
+
+def _segment_warmup(config: DataConfig, spec: PlanSpec) -> Reshape | None:
+    """What cuts micro-batches, by the plan of the whole run, or None."""
+    warmup, length = config.segment_warmup, config.sequence_length
+    if warmup is None:
+        return None
+
+    def cut(batch: MicroBatch, step: int) -> MicroBatch:
+        if warmup.until_tokens is None:
+            progress = step / (warmup.until_step or 1)
+        else:
+            progress = planned_tokens(spec.phases, step, sequence_length=length) / warmup.until_tokens
+        return cut_segments(batch, longest_at(warmup, progress=progress, sequence_length=length))
+
+    return cut
 
 
 def load_tokenizer(config: DataConfig, *, should_leave: ShouldLeave = never) -> Tokenizer:

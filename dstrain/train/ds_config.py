@@ -48,8 +48,8 @@ _OWNED = {
 }
 _REMOVED = {
     "elasticity": ("0.19.8", "dstrain's checkpoints load at any world size and keep the global batch"),
-    "progressive_layer_drop": ("0.19.8", "none"),
-    "curriculum_learning": ("0.19.8", "none"),
+    "progressive_layer_drop": ("0.19.8", "layer_dropping"),
+    "curriculum_learning": ("0.19.8", "data.phases and data.segment_warmup"),
     "nebula": ("0.19.7", "dstrain's checkpoints"),
     "compression_training": ("0.19.7", "none"),
     "amp": ("0.19.7", "engine.precision"),

@@ -27,6 +27,7 @@ SWITCHES: dict[str, Any] = {
     "schedule": {"kind": "wsd", "decay_steps": 4, "decay_shape": "one_minus_sqrt"},
     "token_dropping": {"first_share": 0.4, "steps": 10, "increments": 5},
     "layer_dropping": {"last_keep": 0.3, "gamma": 0.5},
+    "data": {"segment_warmup": {"first_length": 8, "until_tokens": 4000}},
     "checkpoint": {"every_steps": 2, "keep_last": 10},
 }
 SAME_DATA = ("step_ledger", "ledger", "num_targets", "tokens", "rows")

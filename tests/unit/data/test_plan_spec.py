@@ -12,7 +12,8 @@ from dstrain.base.config import validate
 from dstrain.base.errors import ConfigError
 from dstrain.data.config import DataConfig
 from dstrain.data.plan import rank_slots
-from dstrain.data.plan_spec import check_repeats, plan_spec
+from dstrain.data.plan_spec import check_repeats, plan_spec, planned_tokens, step_of_tokens
+from dstrain.data.timeline import Phase
 
 NAMES = ["books", "code", "wiki"]
 
@@ -259,3 +260,38 @@ def test_many_steps_at_once_are_the_steps_one_by_one(spec, first, count, size, d
         alone = plan.slots(step, *rank_slots(plan.global_batch(step), rank=rank, world_size=size))
         for name in ("source", "epoch", "block", "row"):
             assert getattr(found, name).tolist() == getattr(alone, name).tolist()
+
+
+def test_a_phase_may_begin_at_tokens_which_are_rows_times_their_length():
+    rows = {"books": [40] * 8}
+    by_tokens = spec_of(rows, sequence_length=64, phases=[
+        {"from_tokens": 12 * 64 * 5, "global_batch": 24}, {"from_tokens": 12 * 64 * 5 + 24 * 64 * 3 - 1, "global_batch": 36},
+    ])  # fmt: skip
+    by_steps = spec_of(rows, sequence_length=64, phases=[
+        {"from_step": 5, "global_batch": 24}, {"from_step": 8, "global_batch": 36},
+    ])  # fmt: skip
+    assert by_tokens.phases == by_steps.phases
+    assert by_tokens.pinned(20) == by_steps.pinned(20)
+    longer = spec_of(rows, sequence_length=128, phases=[{"from_tokens": 12 * 64 * 5, "global_batch": 24}])
+    assert longer.phases[1].first_step == 3, "half of 5, and not before so many are done"
+
+
+@given(
+    batches=st.lists(st.integers(1, 9), min_size=1, max_size=4), gaps=st.lists(st.integers(1, 9), min_size=3, max_size=3),
+    tokens=st.integers(1, 20_000),
+)  # fmt: skip
+def test_steps_and_tokens_are_each_others_inverse(batches, gaps, tokens):
+    starts = [0, *np.cumsum(gaps).tolist()]
+    phases = [Phase(start, batch, (1,)) for start, batch in zip(starts, batches)]
+    step = step_of_tokens(phases, tokens, sequence_length=16)
+    if step > phases[-1].first_step:
+        assert planned_tokens(phases, step, sequence_length=16) >= tokens
+        assert planned_tokens(phases, step - 1, sequence_length=16) < tokens
+    counted = sum(next(p.global_batch for p in reversed(phases) if p.first_step <= s) * 16 for s in range(step))
+    assert planned_tokens(phases, step, sequence_length=16) == counted
+
+
+def test_a_phase_has_one_beginning():
+    for phase in ({"global_batch": 12}, {"from_step": 3, "from_tokens": 99}):
+        with pytest.raises(ConfigError, match="give from_step or from_tokens, and not both"):
+            spec_of({"books": [40]}, phases=[phase])
