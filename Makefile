@@ -59,8 +59,9 @@ types: $(DEV)  ## mypy, strict on dstrain/
 floors: $(DEV)  ## import-linter: imports go down only, libraries enter by their doors
 	@$(BIN)/lint-imports
 
-docs: $(DEV)  ## renew the tables of docs/configuration.md from the code
+docs: $(DEV)  ## renew the tables of docs/configuration.md and docs/planner.md from the code
 	@$(BIN)/python tests/support/configuration_page.py
+	@$(BIN)/python -m tests.support.published_runs
 
 versions: $(RUNTIME)  ## the versions in use
 	@$(BIN)/python -c 'import importlib.metadata as m, sys; print("python", sys.version.split()[0], *("%s %s" % (n, m.version(n)) for n in ("dstrain", "torch", "deepspeed", "transformers", "datasets", "webdataset", "numpy")), sep="\n")'

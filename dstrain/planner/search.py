@@ -64,7 +64,7 @@ def search(
     priced = [device for device in devices if device.name in site.prices.devices]
     if not priced:
         raise ConfigError(f"{site.prices_source}: devices: none of the devices to choose from has a price; add one")
-    plans = [plan for device in priced for plan in _plans_on(workload, site, device, most_gpus)]
+    plans = [plan for device in priced for plan in _plans_on(workload, _site_with(site, device), most_gpus)]
     if not plans:
         names = ", ".join(device.name for device in priced)
         raise ConfigError(
@@ -94,11 +94,18 @@ def gpu_counts(per_node: int, most: int, rows: int) -> list[int]:
     return sorted(n for n in counts if n <= min(most, rows))
 
 
-def _plans_on(workload: Workload, site: Site, device: Device, most_gpus: int) -> Iterator[Plan]:
-    if device.name == "v100" and workload.precision == "bf16":
+def _site_with(site: Site, device: Device) -> Site:
+    """The place with another device; what was measured belongs to the device it was measured on, and only to that."""
+    if device.name == site.cluster.device.name:
+        return site
+    return replace(on_cluster(site, replace(site.cluster, device=device)), stack=None)
+
+
+def _plans_on(workload: Workload, site: Site, most_gpus: int) -> Iterator[Plan]:
+    if site.cluster.device.name == "v100" and workload.precision == "bf16":
         workload = replace(workload, precision="fp16")
     for gpus in gpu_counts(site.cluster.per_node, most_gpus, workload.global_batch):
-        place = on_cluster(site, replace(site.cluster, device=device, gpus=gpus))
+        place = on_cluster(site, replace(site.cluster, gpus=gpus))
         found = [plan for stage in STAGES for plan in _plans_at(workload, place, stage)]
         if found:
             yield min(found, key=lambda plan: (plan.cost.money, plan.sharding.stage))

@@ -1,6 +1,6 @@
 """Published training runs and what the planner's model says about them: the back-tests, and the table of docs/planner.md.
 
-    python -m tests.support.published_runs        (renews the table in docs/planner.md)
+    python -m tests.support.published_runs        (`make docs`: renews the table in docs/planner.md)
 
 Each run names its stack, an efficiency class with few settings that is the same for all of its runs: never a factor for one row. A row that
 the model cannot reach keeps its error and says why in `out_of_reach`.
@@ -23,7 +23,7 @@ from dstrain.train.footprint import Batch
 from dstrain.train.traffic import Sharding
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/planner.md"
-BEGIN, END = "<!-- back-tests: begin (python -m tests.support.published_runs) -->", "<!-- back-tests: end -->"
+BEGIN, END = "<!-- back-tests: begin (make docs) -->", "<!-- back-tests: end -->"
 TOLERANCE = 0.15
 
 STACKS = {

@@ -38,4 +38,4 @@ def test_no_stack_is_fitted_row_by_row() -> None:
 
 def test_the_table_of_the_page_is_what_the_model_says() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    assert render(text) == text, "docs/planner.md is out of date: python -m tests.support.published_runs"
+    assert render(text) == text, "docs/planner.md is out of date: run `make docs`"

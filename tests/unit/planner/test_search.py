@@ -8,8 +8,9 @@ import pytest
 
 from dstrain.base.errors import ConfigError
 from dstrain.planner.devices import DEVICES
-from dstrain.planner.plan import make_plan
+from dstrain.planner.plan import Plan, Site, make_plan
 from dstrain.planner.search import Budget, gpu_counts, search, suggestable
+from dstrain.planner.steptime import Stack
 from tests.support.planned import site, workload
 
 TWO = (DEVICES["a100"], DEVICES["h100"])
@@ -85,3 +86,17 @@ def test_no_suggestion_sums_gradients_in_half_precision() -> None:
     found = search(workload(), site(), Budget(hours=1e5), devices=(DEVICES["4090"],), most_gpus=8, keep=50)
     assert any(plan.sharding.accumulation > 1 for plan in found.best)
     assert all(plan.sharding.stage > 0 or plan.sharding.accumulation == 1 for plan in found.best)
+
+
+def test_what_was_measured_counts_for_its_own_device_only() -> None:
+    plain = site("a100")
+    slow = Stack("measured", efficiency=0.1)
+    fast_memory = replace(plain.cluster.device, memory_bytes=10**12)
+    measured = replace(plain, stack=slow, cluster=replace(plain.cluster, device=fast_memory))
+
+    def best(place: Site, name: str) -> Plan:
+        return search(workload(), place, Budget(hours=1e6), devices=(DEVICES[name],), most_gpus=8).best[0]
+
+    assert best(measured, "h100").cost == best(plain, "h100").cost
+    assert best(measured, "a100").cost.hours > 3 * best(plain, "a100").cost.hours
+    assert best(measured, "a100").capacity_bytes == 10**12
