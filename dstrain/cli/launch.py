@@ -96,6 +96,7 @@ def _add_subject(parser: argparse.ArgumentParser, stage: str) -> None:
     )
     if of_run:
         parser.add_argument("--step", type=int, help="checkpoint; default: the best by metric, else the newest")
+        parser.add_argument("--average", metavar="last:K", help="the mean of the K newest checkpoints (up to --step)")
     if stage == "export":
         parser.add_argument("--out", type=Path, help="folder to write; default: export/ in the run folder")
         parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")

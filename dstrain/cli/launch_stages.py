@@ -80,7 +80,7 @@ def _evaluate(args: argparse.Namespace, path: Path, overrides: list[str]) -> Sta
     from dstrain.cli.training import load_run_config
 
     _, config = load_run_config(path, overrides)
-    words = (str(path), *overrides, *_step(args))
+    words = (str(path), *overrides, *_checkpoint(args))
     return StagePlan("evaluate", ("evaluate", *words), words, Path(config.run_folder).absolute(), **_engine(config))
 
 
@@ -89,7 +89,7 @@ def _export(args: argparse.Namespace) -> StagePlan:
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run}: not a run folder (config.yaml is missing)")
     out = [f"--out={args.out.absolute()}"] if args.out is not None else []
-    words = (str(run), *out, *_step(args), *(["--overwrite"] if args.overwrite else []))
+    words = (str(run), *out, *_checkpoint(args), *(["--overwrite"] if args.overwrite else []))
     return StagePlan("export", ("export", *words), words, run)
 
 
@@ -102,8 +102,9 @@ def _shards(args: argparse.Namespace) -> StagePlan:
     return StagePlan("shards", ("shards", "build", *words), tuple(words), out.with_name(f".launch-{out.name}"))
 
 
-def _step(args: argparse.Namespace) -> list[str]:
-    return [] if args.step is None else [f"--step={args.step}"]
+def _checkpoint(args: argparse.Namespace) -> list[str]:
+    """Which checkpoint of a run."""
+    return [f"--{name}={value}" for name in ("step", "average") if (value := getattr(args, name)) is not None]
 
 
 def _launch_options(args: argparse.Namespace) -> list[str]:

@@ -86,7 +86,14 @@ def words(home: Path, stage: str, form: str) -> list[str]:
     if stage == "shards":
         return [*BUILD, *(("--array", "0-15%4", "--partition", "cpu") if form == "sbatch" else ())]
     if stage == "export":
-        return [str(home / "run"), "--out", str(home / "hf"), *(("--time", "30") if form == "sbatch" else ())]
+        return [
+            str(home / "run"),
+            "--out",
+            str(home / "hf"),
+            "--average",
+            "last:3",
+            *(("--time", "30") if form == "sbatch" else ()),
+        ]
     subject = home / "run" if stage == "evaluate" else home / f"{stage}.yaml"
     return [str(subject), *FORMS[form], *(("--step", "8") if stage == "evaluate" else ("seed=5",))]
 
