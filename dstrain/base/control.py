@@ -37,6 +37,11 @@ class ControlPlane:
         """Local. The key-value store at which the ranks met (torch's), or None for a world of one."""
         return None if self._group is None else distributed.distributed_c10d._get_default_store()
 
+    @property
+    def group(self) -> Any:
+        """Local. The gloo group itself, for whoever times it; None for a world of one."""
+        return self._group
+
     def sum(self, numbers: Sequence[int]) -> list[int]:
         """Collective. Elementwise sums of 64-bit integers; each sum must stay below 2^63."""
         if self._group is None:

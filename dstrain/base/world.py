@@ -143,7 +143,18 @@ def _number(env: Mapping[str, str], name: str, *, default: int | None = None) ->
 
 
 def _tasks_on_node(text: str, node: int) -> int:
-    """Read SLURM's `4(x2),2`: tasks on each node, run-length encoded."""
+    if node < 0:
+        raise ConfigError(f"SLURM_NODEID={node} is negative: check the launcher's environment")
+    counts = expand_task_counts(text)
+    return counts[min(node, len(counts) - 1)]
+
+
+def expand_task_counts(text: str) -> list[int]:
+    """Read SLURM's `4(x2),2`, tasks on each node, run-length encoded: `[4, 4, 2]`.
+
+    Raises:
+        ConfigError: another form, or far too many nodes.
+    """
     counts: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"([0-9]{1,6})(?:\(x([0-9]{1,6})\))?", part.strip())
@@ -152,9 +163,7 @@ def _tasks_on_node(text: str, node: int) -> int:
         counts += [int(match[1])] * int(match[2] or 1)
         if len(counts) > _MOST_HOSTS:
             raise ConfigError(f"SLURM_TASKS_PER_NODE={text[:80]!r} names more than {_MOST_HOSTS:,} nodes")
-    if node < 0:
-        raise ConfigError(f"SLURM_NODEID={node} is negative: check the launcher's environment")
-    return counts[min(node, len(counts) - 1)]
+    return counts
 
 
 def expand_nodelist(text: str) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dstrain.base.config import Config, load_config, merge, parse_overrides, read_yaml, validate
-from dstrain.base.errors import ConfigError, DstrainError, PeerError
+from dstrain.base.errors import ConfigError, DstrainError, MachineError, PeerError
 from dstrain.base.privacy import make_private
 from dstrain.base.rank_settings import RankSettings
 from dstrain.base.secrets import refuse_redacted
@@ -229,4 +229,7 @@ def _prepare(config: Any) -> None:
     """Choose the device before the engine's library is imported: it looks once, at import."""
     from dstrain.base.device import choose_device
 
-    choose_device(config.engine.device)
+    try:
+        choose_device(config.engine.device)
+    except MachineError:  # said when the ranks have met, to all of them, and with this host's name
+        os.environ["DS_ACCELERATOR"] = "cpu"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dstrain.base.errors import ConfigError
+from dstrain.base.rank_hosts import same_host
 
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
 _LINE = re.compile(r"(\S+)\s+slots=(\d{1,6})")
@@ -86,17 +87,12 @@ def render_hostfile(hosts: Iterable[Host]) -> str:
 def without(hosts: Sequence[Host], bad: Iterable[str]) -> tuple[Host, ...]:
     """The hosts that are not named, in their order; `node1` and `node1.cluster` are one host, two full names are not."""
     names = list(bad)
-    return tuple(host for host in hosts if not any(_same_host(host.name, name) for name in names))
+    return tuple(host for host in hosts if not any(same_host(host.name, name) for name in names))
 
 
 def is_this_machine(name: str) -> bool:
     """Whether a host's name is this machine's."""
-    return _same_host(name, socket.gethostname())
-
-
-def _same_host(left: str, right: str) -> bool:
-    # A rank reports what its kernel calls the machine, which may be longer or shorter than the hostfile's name.
-    return left == right or left.startswith(right + ".") or right.startswith(left + ".")
+    return same_host(name, socket.gethostname())
 
 
 def num_processes(hosts: Iterable[Host]) -> int:

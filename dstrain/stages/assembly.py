@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,13 +15,16 @@ from torch import nn
 
 from dstrain.base.control import ControlPlane
 from dstrain.base.device import Precision, choose_device, choose_precision
+from dstrain.base.errors import DstrainError
 from dstrain.base.logs import get_logger
 from dstrain.base.protocols import Loader, Objective, ShouldLeave, never
+from dstrain.base.rank_hosts import expected_hosts, own_address
+from dstrain.base.roll_call import Waiting, Word
 from dstrain.base.seeds import derive
 from dstrain.base.world import World
 from dstrain.launcher.rank_environment import describe, take_up
 from dstrain.stages.config import FinetuneConfig, PretrainConfig
-from dstrain.train.engine import Engine, start_processes, stop_processes
+from dstrain.train.engine import Engine, own_gpu, start_processes, stop_processes
 
 _LOG = get_logger(__name__)
 
@@ -77,15 +81,39 @@ class Assembly:
 
 
 @contextmanager
-def open_site(config: AnyConfig, world: World) -> Iterator[Site]:
-    """Choose device, precision and threads, join the processes, and leave them when done."""
-    device = choose_device(config.engine.device)
-    precision = choose_precision(config.engine.precision, device=device)
+def open_site(config: AnyConfig, world: World, *, should_leave: ShouldLeave = never) -> Iterator[Site]:
+    """Collective. Choose device, precision and threads, join the processes, and leave them when done.
+
+    Args:
+        config: of the run.
+        world: this process's place.
+        should_leave: whether to stop waiting for ranks that have not come.
+
+    Raises:
+        DstrainError: this rank's host cannot take part, another's cannot, or ranks are missing.
+        Interrupted: asked to stop while waiting.
+    """
+    device: str = "cpu"
+    precision: Precision = "fp32"
+    fault: DstrainError | None = None
+    try:
+        device = choose_device(config.engine.device)
+        precision = choose_precision(config.engine.precision, device=device)
+        own_gpu(device, world)
+    except DstrainError as error:  # told to all ranks, which would wait for this one otherwise
+        fault = error
+    if fault is not None and world.size == 1:
+        raise fault
     taken = take_up(config.engine, world, os.environ)
     torch.set_num_threads(taken.threads)
     if world.is_first:
         _LOG.info("each rank has %s", describe(taken))
-    control = start_processes(world, device=device, timeout_s=config.engine.timeout_s)
+    word = Word(
+        socket.gethostname(), device, precision, own_address(world, os.environ),
+        fault=str(fault or ""), code=int(fault.exit_code) if fault is not None else 0,
+    )  # fmt: skip
+    waiting = Waiting(config.start.join_s, should_leave, expected_hosts(world, os.environ))
+    control = start_processes(world, device=device, timeout_s=config.engine.timeout_s, word=word, waiting=waiting)
     try:
         yield Site(world, control, device, precision)
     finally:

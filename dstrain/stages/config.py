@@ -10,6 +10,7 @@ from dstrain.base.config import Config
 from dstrain.checkpoint.writer import CheckpointConfig
 from dstrain.data.config import DataConfig
 from dstrain.health.consistency import ConsistencyConfig
+from dstrain.health.start_config import StartConfig
 from dstrain.health.stop_config import StopConfig
 from dstrain.health.stragglers import StragglerConfig
 from dstrain.health.watchdog import WatchdogConfig
@@ -62,6 +63,8 @@ class RunConfig(Config):
     """DeepSpeed."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving."""
+    start: StartConfig = StartConfig()
+    """Checks before the first step."""
     stop: StopConfig = StopConfig()
     """Time limits, grace and budgets."""
     watchdog: WatchdogConfig = WatchdogConfig()

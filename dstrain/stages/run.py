@@ -39,6 +39,7 @@ from dstrain.stages.learning_rate import learning_rate_of
 from dstrain.stages.oversight import Oversight
 from dstrain.stages.roll_back import Window, go_back, read_windows, windows_missing
 from dstrain.stages.saving import Contents, Saving
+from dstrain.stages.start_checks import check_start
 from dstrain.train.compiling import GraphWatch
 from dstrain.train.engine import Engine
 from dstrain.train.histograms import Histograms
@@ -80,6 +81,7 @@ class Run:
             return self._left_at_once()
         self._describe()
         self.guard.enter("start_up", 0)
+        check_start(self.config, self.site, num_parameters=facts(self.parts.model).num_parameters)
         self._build_engine()
         self.guard.enter("restore", 0)
         started = time.perf_counter()

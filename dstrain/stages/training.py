@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from dstrain.base.errors import ExitCode
+from dstrain.base.errors import DstrainError, ExitCode
 from dstrain.base.logs import get_logger
 from dstrain.base.peer_loss import peer_loss_named
 from dstrain.base.protocols import Interrupted
@@ -53,12 +53,41 @@ def run_training(
         )  # fmt: skip
         stack.enter_context(peer_loss_named(oversight.where))
         oversight.enter("rendezvous", 0)
-        site = stack.enter_context(open_site(config, world))
+        try:
+            site = _join(stack, oversight, config, world)
+        except Interrupted as left:
+            return _not_begun(left, oversight, config, world)
         oversight.relay = stack.enter_context(StopRelay(stop, site.control.store))
         site = dataclasses.replace(site, should_leave=oversight.should_leave)
         oversight.enter("start_up", 0)
         site.control.together(lambda: _take(stack, oversight, config, world))
         return _run(config, site, assemble, oversight)
+
+
+def _join(stack: ExitStack, oversight: Oversight, config: AnyConfig, world: World) -> Site:
+    """Collective. Meet the other ranks; one that cannot take part leaves its word for the launcher, as after a step."""
+    try:
+        with peer_loss_named(oversight.where):
+            return stack.enter_context(open_site(config, world, should_leave=lambda: oversight.stop.reason is not None))
+    except DstrainError as error:
+        _leave_word(config, world, oversight, ending_of(error))
+        raise
+
+
+def _not_begun(left: Interrupted, oversight: Oversight, config: AnyConfig, world: World) -> ExitCode:
+    """Asked to stop before all ranks were there."""
+    code = ExitCode.SAVED_REQUEUE
+    _leave_word(config, world, oversight, Ending(code, "request", oversight.stop.reason or code.name.lower()))
+    if world.is_first:
+        _LOG.info("stopped before all ranks had met, nothing new to save: %s", left)
+    return code
+
+
+def _leave_word(config: AnyConfig, world: World, oversight: Oversight, ending: Ending) -> None:
+    write_exit(
+        config.run_folder, world, code=ending.code, cause=ending.cause, kind=ending.kind, step=None,
+        signal=oversight.stop.signal, phase=oversight.phase,
+    )  # fmt: skip
 
 
 def _take(stack: ExitStack, oversight: Oversight, config: AnyConfig, world: World) -> None:

@@ -31,7 +31,8 @@ from dstrain.base.errors import ConfigError, MachineError, PeerGoneError
 from dstrain.base.logs import get_logger
 from dstrain.base.peer_loss import is_peer_loss
 from dstrain.base.protocols import Interrupted, LossParts, MicroBatch, Objective, StepData, StepFlags
-from dstrain.base.rendezvous import loopback_store
+from dstrain.base.rendezvous import open_store
+from dstrain.base.roll_call import Waiting, Word, call_roll
 from dstrain.base.seeds import derive
 from dstrain.base.world import World
 from dstrain.checkpoint.fragments import EngineState
@@ -99,17 +100,21 @@ class StepTotals:
     step_s: float
 
 
-def start_processes(world: World, *, device: str, timeout_s: int) -> ControlPlane:
+def start_processes(world: World, *, device: str, timeout_s: int, word: Word, waiting: Waiting) -> ControlPlane:
     """Join the process group of the job and open the control plane.
 
     Args:
         world: this process's place.
         device: cpu or cuda.
         timeout_s: longest wait for a peer in a collective.
+        word: what this rank says of itself; with a fault in it all ranks leave.
+        waiting: for ranks that have not come yet.
 
     Raises:
-        MachineError: the rendezvous failed; the message names the address.
-        PeerGoneError: so it did, because another rank did not come or has gone.
+        MachineError: this rank's fault, or a port that is taken.
+        PeerError: another rank cannot take part.
+        PeerGoneError: another rank did not come or has gone; those that did not come are named.
+        Interrupted: some rank was asked to stop while waiting.
     """
     world.export(os.environ)
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("DSTRAIN_DEEPSPEED_LOG_LEVEL", "WARNING").upper())
@@ -118,15 +123,13 @@ def start_processes(world: World, *, device: str, timeout_s: int) -> ControlPlan
     # The op serves inference only; building it needs a compiler and may wait for ever on a stale lock.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     clear_stale_locks()
-    if device == "cuda":
-        own = gpu_index(
-            world.local_rank, local_size=world.local_size, visible=torch.cuda.device_count(),
-            per_task=world.launcher == "srun",
-        )  # fmt: skip
-        torch.cuda.set_device(own)
     backend, timeout = "nccl" if device == "cuda" else "gloo", timedelta(seconds=timeout_s)
     try:
-        if not distributed.is_initialized() and (store := loopback_store(world, timeout_s=timeout_s)) is not None:
+        if not distributed.is_initialized():
+            store = open_store(world, join_s=waiting.join_s, timeout_s=timeout_s, should_leave=waiting.should_leave)
+            call_roll(store, world, word, waiting)
+            if (gpu := own_gpu(device, world)) is not None:
+                torch.cuda.set_device(gpu)
             distributed.init_process_group(
                 backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout
             )
@@ -138,6 +141,20 @@ def start_processes(world: World, *, device: str, timeout_s: int) -> ControlPlan
             "is the port free, do all ranks name the same host, and have all been started?"
         ) from None
     return ControlPlane(world, timeout_s=timeout_s)
+
+
+def own_gpu(device: str, world: World) -> int | None:
+    """Which of the visible GPUs is this rank's; None on a CPU.
+
+    Raises:
+        MachineError: there are fewer GPUs than ranks.
+    """
+    if device != "cuda":
+        return None
+    return gpu_index(
+        world.local_rank, local_size=world.local_size, visible=torch.cuda.device_count(),
+        per_task=world.launcher == "srun",
+    )  # fmt: skip
 
 
 def stop_processes(world: World) -> None:

@@ -4,23 +4,29 @@ import sys
 import psutil
 import pytest
 
-from dstrain.base.rendezvous import loopback_store
+from dstrain.base.errors import PeerGoneError
+from dstrain.base.protocols import Interrupted
+from dstrain.base.rendezvous import open_store
 from dstrain.base.world import World, free_port
 
 WORKER = """
 import sys, torch
 from torch import distributed
-from dstrain.base.rendezvous import loopback_store
+from dstrain.base.rendezvous import open_store
 from dstrain.base.world import World
 rank, port = int(sys.argv[1]), int(sys.argv[2])
 world = World(rank=rank, size=2, local_rank=rank, local_size=2, master_port=port)
-store = loopback_store(world, timeout_s=60)
+store = open_store(world, join_s=60, timeout_s=60)
 distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
 total = torch.tensor([rank + 1.0])
 distributed.all_reduce(total)
 assert total.item() == 3.0
 distributed.destroy_process_group()
 """
+
+
+def second(port):
+    return World(rank=1, size=2, local_rank=1, local_size=2, master_port=port)
 
 
 def listening():
@@ -31,10 +37,8 @@ def listening():
 
 def test_the_store_listens_to_this_machine_only_and_works():
     port, before = free_port(), listening()
-    store = loopback_store(World(size=2, local_size=2, master_port=port), timeout_s=30, environment={})
-    other = loopback_store(
-        World(rank=1, size=2, local_rank=1, local_size=2, master_port=port), timeout_s=30, environment={}
-    )
+    store = open_store(World(size=2, local_size=2, master_port=port), join_s=30, timeout_s=30, environment={})
+    other = open_store(second(port), join_s=30, timeout_s=30, environment={})
     assert listening() - before == {("127.0.0.1", port)}
     store.set("step", "7")
     assert other.get("step") == b"7"
@@ -46,15 +50,35 @@ def test_two_ranks_join_through_it():
     assert [rank.wait(120) for rank in ranks] == [0, 0]
 
 
-def test_several_hosts_and_a_launcher_with_its_own_store_are_left_to_torch():
-    assert loopback_store(World(size=4, local_size=2), timeout_s=1, environment={}) is None
+def test_under_torchrun_the_first_rank_is_a_guest_too():
+    port = free_port()
+    kept = open_store(World(size=2, local_size=2, master_port=port), join_s=5, timeout_s=5, environment={})
     agent = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
-    assert loopback_store(World(size=2, local_size=2, launcher="torchrun"), timeout_s=1, environment=agent) is None
+    world = World(size=2, local_size=2, master_port=port, launcher="torchrun")
+    guest = open_store(world, join_s=5, timeout_s=5, environment=agent)
+    guest.set("who", "rank 0")
+    assert kept.get("who") == b"rank 0"
 
 
 def test_a_port_that_is_taken_is_named():
     port = free_port()
-    kept = loopback_store(World(size=2, local_size=2, master_port=port), timeout_s=5, environment={})
+    kept = open_store(World(size=2, local_size=2, master_port=port), join_s=5, timeout_s=5, environment={})
     with pytest.raises(RuntimeError, match=f"port {port} of this host cannot be listened on"):
-        loopback_store(World(size=2, local_size=2, master_port=port), timeout_s=5, environment={})
+        open_store(World(size=2, local_size=2, master_port=port), join_s=5, timeout_s=5, environment={})
     assert kept is not None
+
+
+def test_a_first_rank_that_does_not_start_is_told_from_a_name_that_is_not_known():
+    with pytest.raises(
+        PeerGoneError, match=r"rank 0 did not answer at 127\.0\.0\.1:\d+ within 0\.2 s: its host is there, but"
+    ):
+        open_store(second(free_port()), join_s=0.2, timeout_s=5, environment={})
+    elsewhere = World(rank=1, size=2, local_size=1, master_addr="no-such-host.invalid", master_port=1)
+    with pytest.raises(PeerGoneError, match=r"no-such-host\.invalid:1 .*its name is not known here"):
+        open_store(elsewhere, join_s=0.2, timeout_s=5, environment={})
+
+
+def test_a_request_to_stop_ends_the_wait_for_the_first_rank():
+    asked = iter([False, False, True])
+    with pytest.raises(Interrupted, match="while waiting for the other ranks"):
+        open_store(second(free_port()), join_s=60, timeout_s=60, should_leave=lambda: next(asked), environment={})

@@ -1,0 +1,87 @@
+"""Before the first step, with real ranks: one that never comes, machines that cannot take part, and a stop request while waiting."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.runs import build_tiny_shards, pretrain_job, pretrain_settings, wait_for, write_config
+
+pytestmark = [pytest.mark.fault, pytest.mark.dist]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_shards(tmp_path_factory.mktemp("shards"))
+
+
+def exits(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted((run / "exit").glob("rank-*.json"))]
+
+
+def test_a_rank_that_never_comes_is_named_long_before_a_collective_would_give_up(tmp_path: Path, shards: Path) -> None:
+    settings = pretrain_settings(shards, tmp_path / "run", start={"join_s": 2.0}, engine={"timeout_s": 600})
+    config = write_config(tmp_path / "run.yaml", settings)
+    three = {"WORLD_SIZE": "3", "LOCAL_SIZE": "3"}
+    with pretrain_job(config, world_size=2, environment=three) as job:
+        assert job.wait(120) == [76, 76]
+    said = job.output()
+    assert "rank 2 of 3 did not come to 127.0.0.1" in said
+    assert "within 2 s (start.join_s)" in said
+    assert "Traceback" not in said
+    assert [(left["code"], left["kind"], left["phase"]) for left in exits(tmp_path / "run")] == [
+        (76, "peer", "rendezvous")
+    ] * 2
+
+
+def test_a_host_that_shows_no_gpu_is_named_in_the_exit_file_that_slurm_scripts_read(
+    tmp_path: Path, shards: Path
+) -> None:
+    settings = pretrain_settings(shards, tmp_path / "run", engine={"device": "cuda"})
+    config = write_config(tmp_path / "run.yaml", settings)
+    with pretrain_job(config, world_size=2, environment={"CUDA_VISIBLE_DEVICES": ""}) as job:
+        assert job.wait(120) == [77, 77]
+    left = exits(tmp_path / "run")
+    assert {(one["code"], one["host"]) for one in left} == {(77, socket.gethostname())}
+    assert "fault" in {one["kind"] for one in left}, "so that the launcher knows whose it is"
+    assert all("engine.device: cuda is asked for" in one["cause"] for one in left)
+
+
+def test_a_stop_request_ends_the_wait_for_ranks_that_have_not_come(tmp_path: Path, shards: Path) -> None:
+    settings = pretrain_settings(shards, tmp_path / "run", start={"join_s": 600.0})
+    config = write_config(tmp_path / "run.yaml", settings)
+    four = {"WORLD_SIZE": "4", "LOCAL_SIZE": "4"}
+    with pretrain_job(config, world_size=3, environment=four) as job:
+        wait_for(lambda: (tmp_path / "run/health/rank-00002.json").exists(), job=job)
+        time.sleep(0.5)
+        job.signal(signal.SIGTERM, ranks=[2])
+        assert job.wait(60) == [75, 75, 75]
+    assert [(left["code"], left["kind"]) for left in exits(tmp_path / "run")] == [(75, "request")] * 3
+
+
+def test_the_checks_before_the_first_step_are_one_event_and_one_line(tmp_path: Path, shards: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", pretrain_settings(shards, tmp_path / "run", train={"max_steps": 2}))
+    with pretrain_job(config, world_size=2) as job:
+        job.succeed()
+    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    (event,) = [event for event in events if event["event"] == "start_checks"]
+    assert {finding["check"] for finding in event["findings"]} >= {"shared folder", "disk", "network"}
+    assert event["network"]["bus_gb_s"] > 0
+    assert "checked before the first step in" in job.logs[0].read_text()
+    assert not list((tmp_path / "run").glob(".start-check-*"))
+    off = (
+        "start.shared_folder=false",
+        "start.disk=false",
+        "start.network=false",
+        "start.gpu=false",
+        "start.clock=false",
+    )
+    with pretrain_job(config, *off, "train.max_steps=3", world_size=2) as job:
+        job.succeed()
+    assert "checked before" not in job.logs[0].read_text()
