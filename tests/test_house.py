@@ -42,6 +42,7 @@ TESTED_ELSEWHERE = {
     "cli/launch_here.py": "through the command, in tests/unit/cli/test_launch.py and tests/golden/test_golden_launch.py",
     "cli/launch_stages.py": "every stage's words, in tests/golden/test_golden_launch.py; faults in tests/unit/cli/test_launch.py",
     "cli/shards.py": "every subcommand, in tests/unit/cli/test_data_commands.py",
+    "health/sanity.py": "all checks in order: tests/unit/stages/test_sanity.py, tests/fault/test_start.py",
     "stages/assembly.py": "opened by every run of tests/stages/test_pipeline.py; equal weights in tests/golden/test_golden_losses.py",
     "stages/audit.py": "a sound run and every doctored copy of it, in tests/stages/test_audit.py",
     "stages/evaluate.py": "repeats the run's own numbers in tests/stages/test_pipeline.py, refuses in tests/stages/test_bad_input.py",

@@ -98,7 +98,7 @@ def _disk(control: ControlPlane, places: Places, hosts: list[str]) -> list[Findi
     shared = {"run_folder": places.run_folder, "checkpoint.mirror": places.mirror}
     found = {key: room_at(path) for key, path in shared.items() if path is not None} if control.world.is_first else {}
     rooms = {key: _room(room) for key, room in control.from_first({k: _plain(r) for k, r in found.items()}).items()}
-    findings = judge_room(rooms, needed_bytes=places.needed_bytes, keep=places.keep) if places.needed_bytes else []
+    findings = judge_room(rooms, needed_bytes=places.needed_bytes, keep=places.keep)
     for name, path, needed in (
         ("the temporary folder", Path(tempfile.gettempdir()), SCRATCH_BYTES),
         ("storage.cache_dir", places.cache, places.cache_bytes),

@@ -55,7 +55,7 @@ def judge_room(rooms: Mapping[str, Room | None], *, needed_bytes: int, keep: int
 
     Args:
         rooms: by the key of the configuration that names the place.
-        needed_bytes: of one checkpoint.
+        needed_bytes: of one checkpoint; 0 when it is not known.
         keep: how many are kept, besides the one being written.
     """
     findings = []
@@ -63,7 +63,8 @@ def judge_room(rooms: Mapping[str, Room | None], *, needed_bytes: int, keep: int
         if room is None:
             findings.append(Finding("disk", "skipped", f"{key}: the room cannot be asked for"))
             continue
-        text = f"{key} has {_size(room.free_bytes)} free, a checkpoint takes {_size(needed_bytes)}"
+        text = f"{key} has {_size(room.free_bytes)} free"
+        text += f", a checkpoint takes {_size(needed_bytes)}" if needed_bytes else ""
         if room.free_bytes < needed_bytes or 0 <= room.free_inodes < _INODES:
             if room.free_bytes >= needed_bytes:
                 text = f"{key} has {room.free_inodes} files left on its disk"

@@ -8,6 +8,7 @@ entry caching"). One rank of each host looks. Judging is pure.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 import uuid
@@ -137,7 +138,7 @@ def mount_of(folder: Path, mounts: str) -> Mount:
         fields, after = left.split(), right.split()
         if not dash or len(fields) < 5 or len(after) < 2:
             continue
-        point = fields[4].replace("\\040", " ")
+        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4])  # blanks are written \\040
         inside = folder == Path(point) or Path(point) in folder.parents
         if inside and len(point) >= longest:  # the last of equal ones hides those before
             best, longest = Mount(after[0], after[1], point), len(point)

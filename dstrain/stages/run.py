@@ -38,8 +38,8 @@ from dstrain.stages.hyperparameters import hyperparameters
 from dstrain.stages.learning_rate import learning_rate_of
 from dstrain.stages.oversight import Oversight
 from dstrain.stages.roll_back import Window, go_back, read_windows, windows_missing
+from dstrain.stages.sanity import check_start
 from dstrain.stages.saving import Contents, Saving
-from dstrain.stages.start_checks import check_start
 from dstrain.train.compiling import GraphWatch
 from dstrain.train.engine import Engine
 from dstrain.train.histograms import Histograms
