@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from dstrain.base.errors import DstrainError, PeerError
 from dstrain.base.secrets import redact
-from dstrain.cli import audit, demo, export, launch, plan, shards, status, tokenizer, training
+from dstrain.cli import audit, demo, doctor, export, launch, plan, shards, status, tokenizer, training
 
 _EPILOG = """
 the way from text to a model:
@@ -21,6 +21,7 @@ the way from text to a model:
   dstrain plan configs/bert-base.yaml --gpus 8 --gpu-type h100      (memory, time and money before the run)
   deepspeed --num_gpus 8 launch/pretrain.py --config configs/bert-base.yaml data.path=shards/
   dstrain launch pretrain configs/bert-base.yaml --num-processes 8      (the same, restarted after failures)
+  dstrain doctor configs/bert-base.yaml --hostfile hosts         (are these machines fit, and if not, what to do)
   dstrain export runs/bert-base --out hf/
   deepspeed --num_gpus 8 launch/finetune.py --config configs/finetune/sst2.yaml model.init_from=runs/bert-base
   dstrain status runs/bert-base --watch         (what is it doing?)
@@ -41,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    for module in (tokenizer, shards, plan, training, launch, status, audit, export, demo):
+    for module in (tokenizer, shards, plan, training, launch, doctor, status, audit, export, demo):
         module.add_parser(subparsers)
     return parser
 

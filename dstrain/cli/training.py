@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dstrain.base.config import Config, load_config, merge, parse_overrides, read_yaml, validate
 from dstrain.base.errors import ConfigError, DstrainError, MachineError, PeerError
@@ -16,6 +16,9 @@ from dstrain.base.rank_settings import RankSettings
 from dstrain.base.secrets import refuse_redacted
 from dstrain.base.world import World
 from dstrain.health.signals import StopRequest
+
+if TYPE_CHECKING:
+    from dstrain.base.device import DeviceChoice
 
 ResultT = TypeVar("ResultT")
 
@@ -112,7 +115,7 @@ def _run_stage(args: argparse.Namespace) -> int:
         _take_up(world, *_said_once(world, lambda: _split_items(args)))
         config = _said_once(world, lambda: _stage_config(args))
         _said_once(world, lambda: make_private(config.run_folder))
-        _prepare(config)
+        choose_early(config.engine.device)
         if args.stage == "pretrain":
             from dstrain.stages.pretrain import pretrain
 
@@ -150,7 +153,7 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     if folder is not None and (folder / "config.yaml").is_file():
         _take_up(world, folder / "config.yaml", [item for item in args.overrides if "=" in item])
     stage, config = _said_once(world, lambda: _evaluated_run(args))
-    _prepare(config)
+    choose_early(config.engine.device)
     from dstrain.stages.evaluate import evaluate
 
     metrics = evaluate(stage, config, world, step=args.step, average=args.average)
@@ -225,11 +228,11 @@ def load_run_config(folder: Path, overrides: list[str]) -> tuple[str, Any]:
     )
 
 
-def _prepare(config: Any) -> None:
+def choose_early(device: DeviceChoice) -> None:
     """Choose the device before the engine's library is imported: it looks once, at import."""
     from dstrain.base.device import choose_device
 
     try:
-        choose_device(config.engine.device)
+        choose_device(device)
     except MachineError:  # said when the ranks have met, to all of them, and with this host's name
         os.environ["DS_ACCELERATOR"] = "cpu"

@@ -22,8 +22,10 @@ from dstrain.base.rank_hosts import expected_hosts, own_address
 from dstrain.base.roll_call import Waiting, Word
 from dstrain.base.seeds import derive
 from dstrain.base.world import World
+from dstrain.health.start_config import StartConfig
 from dstrain.launcher.rank_environment import describe, take_up
 from dstrain.stages.config import FinetuneConfig, PretrainConfig
+from dstrain.train.ds_config import EngineConfig
 from dstrain.train.engine import Engine, own_gpu, start_processes, stop_processes
 
 _LOG = get_logger(__name__)
@@ -81,11 +83,14 @@ class Assembly:
 
 
 @contextmanager
-def open_site(config: AnyConfig, world: World, *, should_leave: ShouldLeave = never) -> Iterator[Site]:
+def open_site(
+    engine: EngineConfig, start: StartConfig, world: World, *, should_leave: ShouldLeave = never
+) -> Iterator[Site]:
     """Collective. Choose device, precision and threads, join the processes, and leave them when done.
 
     Args:
-        config: of the run.
+        engine: device, precision, threads and cores.
+        start: how long to wait.
         world: this process's place.
         should_leave: whether to stop waiting for ranks that have not come.
 
@@ -97,14 +102,14 @@ def open_site(config: AnyConfig, world: World, *, should_leave: ShouldLeave = ne
     precision: Precision = "fp32"
     fault: DstrainError | None = None
     try:
-        device = choose_device(config.engine.device)
-        precision = choose_precision(config.engine.precision, device=device)
+        device = choose_device(engine.device)
+        precision = choose_precision(engine.precision, device=device)
         own_gpu(device, world)
     except DstrainError as error:  # told to all ranks, which would wait for this one otherwise
         fault = error
     if fault is not None and world.size == 1:
         raise fault
-    taken = take_up(config.engine, world, os.environ)
+    taken = take_up(engine, world, os.environ)
     torch.set_num_threads(taken.threads)
     if world.is_first:
         _LOG.info("each rank has %s", describe(taken))
@@ -112,8 +117,8 @@ def open_site(config: AnyConfig, world: World, *, should_leave: ShouldLeave = ne
         socket.gethostname(), device, precision, own_address(world, os.environ),
         fault=str(fault or ""), code=int(fault.exit_code) if fault is not None else 0,
     )  # fmt: skip
-    waiting = Waiting(config.start.join_s, should_leave, expected_hosts(world, os.environ))
-    control = start_processes(world, device=device, timeout_s=config.engine.timeout_s, word=word, waiting=waiting)
+    waiting = Waiting(start.join_s, should_leave, expected_hosts(world, os.environ))
+    control = start_processes(world, device=device, timeout_s=engine.timeout_s, word=word, waiting=waiting)
     try:
         yield Site(world, control, device, precision)
     finally:

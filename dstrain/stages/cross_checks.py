@@ -41,14 +41,15 @@ def agree_on_start(control: ControlPlane, config: AnyConfig, data: Mapping[str, 
     Raises:
         ConfigError: configuration or data differ; MachineError: code or versions do.
     """
+    check_agreement(
+        control, {"configuration": _digest(to_plain(config)), "data": _digest(dict(data)), **installation()}
+    )
+
+
+def installation() -> dict[str, str]:
+    """What must be installed alike on every host: dstrain's code and the libraries that numbers depend on."""
     installed = package_versions()
-    facts = {
-        "configuration": _digest(to_plain(config)),
-        "data": _digest(dict(data)),
-        "code": code_fingerprint(),
-        **{name: installed[name] for name in _VERSIONS},
-    }
-    check_agreement(control, facts)
+    return {"code": code_fingerprint(), **{name: installed[name] for name in _VERSIONS}}
 
 
 def _digest(data: Any) -> str:

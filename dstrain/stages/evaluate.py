@@ -35,7 +35,7 @@ def evaluate(
     """
     with ExitStack() as stack:
         stack.enter_context(peer_loss_named(lambda: "in an evaluation"))
-        site = stack.enter_context(open_site(config, world))
+        site = stack.enter_context(open_site(config.engine, config.start, world))
         mean = site.control.together(lambda: average and average_of(config.run_folder, average, step=step))
         checkpoint = (
             mean.newest if mean else site.control.together(lambda: best_checkpoint(config.run_folder, step=step))

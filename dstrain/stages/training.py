@@ -68,7 +68,9 @@ def _join(stack: ExitStack, oversight: Oversight, config: AnyConfig, world: Worl
     """Collective. Meet the other ranks; one that cannot take part leaves its word for the launcher, as after a step."""
     try:
         with peer_loss_named(oversight.where):
-            return stack.enter_context(open_site(config, world, should_leave=lambda: oversight.stop.reason is not None))
+            return stack.enter_context(
+                open_site(config.engine, config.start, world, should_leave=lambda: oversight.stop.reason is not None)
+            )
     except DstrainError as error:
         _leave_word(config, world, oversight, ending_of(error))
         raise

@@ -38,23 +38,37 @@ def clear_stale_locks(folder: Path | None = None, *, stale_after_s: float = STAL
         The locks removed.
     """
     removed: list[Path] = []
-    root = folder if folder is not None else cache_folder()
-    for lock in sorted([*root.glob("*/lock"), *root.glob("*/*/lock")]):
+    for lock, age_s in unheld_locks(folder):
+        if age_s < stale_after_s:
+            _LOG.warning(
+                "compiled-op cache: %s is %.0f s old and no process here holds it; not waited for", lock, age_s
+            )
+            continue
         try:
-            age_s = time.time() - lock.stat().st_mtime
-            if _held_locally(lock):
-                continue
-            if age_s < stale_after_s:
-                _LOG.warning(
-                    "compiled-op cache: %s is %.0f s old and no process here holds it; not waited for", lock, age_s
-                )
-                continue
             lock.unlink()
         except OSError:
             continue
         removed.append(lock)
         _LOG.warning("compiled-op cache: removed %s, left %.0f minutes ago by a killed build", lock, age_s / 60)
     return removed
+
+
+def unheld_locks(folder: Path | None = None) -> list[tuple[Path, float]]:
+    """Locks that no process of this host holds, with their age in seconds.
+
+    Args:
+        folder: the cache; default: torch's.
+    """
+    found: list[tuple[Path, float]] = []
+    root = folder if folder is not None else cache_folder()
+    for lock in sorted([*root.glob("*/lock"), *root.glob("*/*/lock")]):
+        try:
+            age_s = time.time() - lock.stat().st_mtime
+        except OSError:
+            continue
+        if not _held_locally(lock):
+            found.append((lock, age_s))
+    return found
 
 
 def _held_locally(lock: Path) -> bool:
