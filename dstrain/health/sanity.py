@@ -27,8 +27,6 @@ from dstrain.health.sanity_gpu import (
     judge_host,
     judge_products,
     multiply,
-    parse_processes,
-    parse_states,
     parse_xids,
     read_kernel_log,
 )
@@ -146,11 +144,11 @@ def _ask(control: ControlPlane, here: list[Mapping[str, Any]]) -> list[Finding]:
     if isinstance(answers, str):
         return [Finding("gpu", "skipped", f"{host}: {answers}", ranks=(rank,), hosts=(host,))]
     uuids = {str(one["uuid"]) for one in here}
-    states = [state for state in parse_states(answers[0]) if state.uuid in uuids]
+    states = [state for state in answers[0] if state.uuid in uuids]
     # Inside a container the driver may tell numbers of outside, which say nothing here.
     processes = {
         uuid: [text for text in found if Path(f"/proc/{text.split()[0]}").exists()]
-        for uuid, found in parse_processes(answers[1]).items()
+        for uuid, found in answers[1].items()
     }
     log = read_kernel_log()
     findings = judge_host(

@@ -22,10 +22,10 @@ from dstrain.health.sanity_findings import Finding, about
 FIELDS = (
     "uuid", "name", "driver_version", "temperature.gpu", "memory.free", "memory.total",
     "ecc.errors.uncorrected.volatile.total", "remapped_rows.pending", "remapped_rows.failure",
-    "clocks_throttle_reasons.hw_slowdown", "clocks_throttle_reasons.hw_thermal_slowdown",
-    "clocks_throttle_reasons.sw_thermal_slowdown", "clocks_throttle_reasons.hw_power_brake_slowdown",
+    "clocks_event_reasons.hw_slowdown", "clocks_event_reasons.hw_thermal_slowdown",
+    "clocks_event_reasons.sw_thermal_slowdown", "clocks_event_reasons.hw_power_brake_slowdown",
 )  # fmt: skip
-"""What is asked (`nvidia-smi --help-query-gpu`); drivers since 450 know all of them."""
+"""What is asked (`nvidia-smi --help-query-gpu`). Names differ between drivers: see `known_fields`."""
 HOT_C = 88
 """Data-centre GPUs slow down at 85 to 92 °C, depending on the kind."""
 _FREE_SHARE = 0.8
@@ -33,6 +33,7 @@ _SMI_S = 20.0
 _SIZE, _DEPTH, _VECTORS = 4096, 1024, 16
 _TIMES = 8
 _WARN_SHARE = 0.85
+_UNKNOWN_FIELD = re.compile(r'Field "([a-z._]+)" is not a valid field')
 _XID = re.compile(r"NVRM: Xid \((?:PCI:)?([0-9A-Fa-f:.]+)\): (\d+)")
 FATAL_XIDS = {
     48: "uncorrectable memory error", 63: "a row of memory is to be remapped", 64: "remapping a row has failed",
@@ -67,15 +68,36 @@ class Product:
     name: str
 
 
-def parse_states(text: str) -> list[GpuState]:
-    """Read `nvidia-smi --query-gpu=... --format=csv,noheader,nounits`; lines of another form are left out."""
+def known_fields(fields: Sequence[str], complaint: str) -> list[str]:
+    """What to ask instead, after nvidia-smi has refused a field; without it, or by its name before driver 535.
+
+    Args:
+        fields: that were asked for.
+        complaint: what it has printed, such as `Field "x" is not a valid field to query.`
+    """
+    match = _UNKNOWN_FIELD.search(complaint)
+    if match is None or match[1] not in fields:
+        return []
+    if match[1].startswith("clocks_event_reasons."):
+        return [field.replace("clocks_event_reasons.", "clocks_throttle_reasons.") for field in fields]
+    return [field for field in fields if field != match[1]]
+
+
+def parse_states(text: str, fields: Sequence[str] = FIELDS) -> list[GpuState]:
+    """Read `nvidia-smi --query-gpu=... --format=csv,noheader,nounits`; lines of another form are left out.
+
+    Args:
+        text: the answer.
+        fields: that were asked for; what is missing counts as not told.
+    """
     found = []
     for line in text.splitlines():
-        values = dict(zip(FIELDS, (part.strip() for part in line.split(",")), strict=False))
-        if len(values) != len(FIELDS) or not values["uuid"].startswith("GPU-"):
+        parts = [part.strip() for part in line.split(",")]
+        if len(parts) != len(fields) or not parts[0].startswith("GPU-"):
             continue
+        values = {**dict.fromkeys(FIELDS, ""), **dict(zip(fields, parts))}
         slowed = tuple(
-            name.rpartition(".")[2] for name in FIELDS if name.startswith("clocks_") and values[name] == "Active"
+            name.rpartition(".")[2] for name in fields if name.startswith("clocks_") and values[name] == "Active"
         )
         found.append(
             GpuState(
@@ -263,24 +285,33 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def ask_nvidia_smi() -> tuple[str, str] | str:
-    """Its answers about GPUs and about processes, or why there are none."""
+def ask_nvidia_smi() -> tuple[list[GpuState], dict[str, list[str]]] | str:
+    """Its answers about GPUs and the processes on them, or why there are none."""
+    fields = list(FIELDS)
     try:
-        answers = [
-            subprocess.run(
-                ["nvidia-smi", query, "--format=csv,noheader,nounits"],  # noqa: S607  (where it is, differs by distribution)
-                capture_output=True, text=True, timeout=_SMI_S, check=True, stdin=subprocess.DEVNULL,
-            ).stdout
-            for query in (f"--query-gpu={','.join(FIELDS)}", "--query-compute-apps=gpu_uuid,pid,used_memory")
-        ]  # fmt: skip
+        while True:
+            done = _smi(f"--query-gpu={','.join(fields)}")
+            if done.returncode == 0:
+                break
+            fewer = known_fields(fields, done.stdout + done.stderr)
+            if not fewer:
+                return f"nvidia-smi failed: {' '.join((done.stdout + done.stderr).split())[:200]}"
+            fields = fewer
+        processes = _smi("--query-compute-apps=gpu_uuid,pid,used_memory")
     except FileNotFoundError:
         return "nvidia-smi is not installed"
     except subprocess.TimeoutExpired:
         return f"nvidia-smi has not answered for {_SMI_S:g} s: a GPU or the driver hangs"
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = " ".join(str(getattr(error, "stdout", "") or error).split())
-        return f"nvidia-smi failed: {said[:200]}"
-    return answers[0], answers[1]
+    except OSError as error:
+        return f"nvidia-smi cannot be started: {error.strerror or error}"
+    return parse_states(done.stdout, fields), parse_processes(processes.stdout)
+
+
+def _smi(query: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["nvidia-smi", query, "--format=csv,noheader,nounits"],  # noqa: S607  (where it is, differs by distribution)
+        capture_output=True, text=True, errors="replace", timeout=_SMI_S, check=False, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
 
 
 def read_kernel_log() -> str | None:

@@ -70,6 +70,15 @@ def test_doctor_names_the_host_that_ssh_does_not_reach_and_finds_two_sound_ones_
     assert '"hosts": [\n    "node2"\n   ]' in str(caught.value)
 
 
+def test_doctor_checks_the_nodes_of_an_allocation(lab: Lab, tmp_path: Path) -> None:
+    command = [*DSTRAIN, "doctor", "--with", "srun", "--num-processes", "2", "--folder", tmp_path, "--json"]
+    said = lab.on("ctl", "salloc", "--nodes=2", "--ntasks-per-node=1", *command)
+    report = json.loads(said[said.index("{") :])
+    assert report["code"] == 0, report
+    assert {"versions", "clock", "shared folder", "network"} <= {finding["check"] for finding in report["findings"]}
+    assert "seen by 2 hosts" in next(f["text"] for f in report["findings"] if f["check"] == "shared folder")
+
+
 def _ranks(lab: Lab, run: ClusterRun, *, size: int) -> list[Started]:
     """One rank a node, as srun starts them: it says where each rank is."""
     environment = {

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from dstrain.health.sanity_gpu import (
     Product,
+    ask_nvidia_smi,
     is_product,
     judge_host,
     judge_products,
@@ -72,6 +73,32 @@ def test_what_a_gpu_does_not_tell_is_no_fault():
     silent = state(temperature="[N/A]", errors="[N/A]", free="[N/A]", pending="[N/A]", failure="[N/A]", slow="[N/A]")
     assert judge_state(silent) == []
     assert parse_states("No devices were found\n\n") == []
+
+
+FAKE = """#!/bin/sh
+case "$1" in
+  *query-compute-apps*) echo "GPU-1a2b, 4711, 600";;
+  *remapped_rows.failure*) echo 'Field "remapped_rows.failure" is not a valid field to query.'; exit 2;;
+  *clocks_event_reasons*) echo 'Field "clocks_event_reasons.hw_slowdown" is not a valid field to query.'; exit 2;;
+  *) echo "GPU-1a2b, NVIDIA A100, 470.1, 34, 80995, 81559, 0, Yes, Not Active, Active, Not Active, Not Active";;
+esac
+"""
+
+
+def test_fields_that_an_older_driver_does_not_know_are_asked_by_their_old_name_or_not_at_all(tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text(FAKE)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    (found,), processes = ask_nvidia_smi()
+    assert (found.name, found.remap_pending, found.remap_failed) == ("NVIDIA A100", True, False)
+    assert found.slowed_by == ("hw_thermal_slowdown",)
+    assert processes == {"GPU-1a2b": ["4711 (600 MiB)"]}
+    (tmp_path / "nvidia-smi").write_text(
+        "#!/bin/sh\necho NVIDIA-SMI has failed because it could not reach the driver; exit 9\n"
+    )
+    assert "could not reach the driver" in ask_nvidia_smi()
+    monkeypatch.setenv("PATH", "")
+    assert ask_nvidia_smi() == "nvidia-smi is not installed"
 
 
 def test_processes_of_others_are_named_and_ours_are_not():
