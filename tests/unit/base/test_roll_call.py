@@ -13,7 +13,7 @@ from dstrain.base.protocols import Interrupted
 from dstrain.base.roll_call import Waiting, Word, call_roll, judge_words
 from dstrain.base.world import World
 
-QUICK = Waiting(join_s=0.6, poll_s=0.02)
+QUICK = Waiting(join_s=2.0, poll_s=0.02)
 
 
 def meet(size, words, *, waiting=None, local_size=None):
