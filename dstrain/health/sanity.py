@@ -10,7 +10,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from dstrain.health.sanity_gpu import (
     read_kernel_log,
 )
 from dstrain.health.sanity_links import Link, expectation, own_link, slower
+from dstrain.health.sanity_machine import accelerator_here
 from dstrain.health.sanity_network import facts, judge_all_reduce, judge_pairs, time_all_reduce, time_pairs
 from dstrain.health.start_config import StartConfig
 
@@ -60,7 +61,9 @@ class Inspection:
     """Numbers for tools."""
 
 
-def inspect(control: ControlPlane, device: str, config: StartConfig, places: Places) -> Inspection:
+def inspect(
+    control: ControlPlane, device: str, config: StartConfig, places: Places, *, may_use_gpus: bool = False
+) -> Inspection:
     """Collective. Make every check that is switched on; those between ranks only where there are several.
 
     Args:
@@ -68,6 +71,7 @@ def inspect(control: ControlPlane, device: str, config: StartConfig, places: Pla
         device: cpu or cuda.
         config: which checks.
         places: where the run will write.
+        may_use_gpus: whether a CPU was taken only because there seemed to be no GPU.
 
     Raises:
         StorageError: rank 0 cannot write to the run folder (PeerError on the others).
@@ -86,6 +90,8 @@ def inspect(control: ControlPlane, device: str, config: StartConfig, places: Pla
         done.findings += _disk(control, places, hosts)
     if config.network and several:
         _network(control, device, config, hosts, done)
+    if config.gpu and device == "cpu" and may_use_gpus:
+        done.findings += _unused(control, hosts)
     if config.gpu and device == "cuda":
         done.findings += _gpu(control, config, hosts)
     return done
@@ -124,6 +130,17 @@ def _network(control: ControlPlane, device: str, config: StartConfig, hosts: lis
     slow = judge_pairs(pairs, hosts)
     done.findings += [] if slow is None else [slow]
     done.facts["network"] = dict(facts(found, pairs))
+
+
+def _unused(control: ControlPlane, hosts: list[str]) -> list[Finding]:
+    """Collective. Hosts with a driver that torch cannot use, where the run would be slow in silence."""
+    own = accelerator_here()
+    told = own.to_json() if control.world.local_rank == 0 and own.level == "failed" else None
+    return [
+        replace(Finding.from_json(one), level="warning", text=f"{hosts[rank]}: {one['text']}; the run uses the CPU",
+                ranks=(rank,), hosts=(hosts[rank],))
+        for rank, one in enumerate(control.gather_json(told)) if one is not None
+    ]  # fmt: skip
 
 
 def _gpu(control: ControlPlane, config: StartConfig, hosts: list[str]) -> list[Finding]:

@@ -72,8 +72,12 @@ class MachineFacts:
 
 def judge_machine(facts: MachineFacts) -> list[Finding]:
     """All findings about one machine, in the order of importance."""
+    accelerator = judge_accelerator(
+        gpus=facts.gpus, driver=facts.driver, torch_version=str(facts.installed.get("torch")),
+        cuda_of_torch=facts.cuda_of_torch,
+    )  # fmt: skip
     return [
-        *_packages(facts), _accelerator(facts), _shared_memory(facts), *_limits(facts), _clock(facts), _name(facts), _tools(facts),
+        *_packages(facts), accelerator, _shared_memory(facts), *_limits(facts), _clock(facts), _name(facts), _tools(facts),
         *_scratch(facts), *_locks(facts),
     ]  # fmt: skip
 
@@ -100,28 +104,42 @@ def _plain(requirement: Requirement) -> str:
     return f"{requirement.name}{requirement.specifier}"
 
 
-def _accelerator(facts: MachineFacts) -> Finding:
-    if facts.gpus:
-        return Finding(
-            "accelerator", "ok", f"{facts.gpus} GPUs, torch for CUDA {facts.cuda_of_torch}, driver {facts.driver}"
-        )
-    if facts.driver is None:
+def judge_accelerator(*, gpus: int, driver: int | None, torch_version: str, cuda_of_torch: str | None) -> Finding:
+    """Whether torch can use what the driver shows.
+
+    Args:
+        gpus: that torch can use.
+        driver: major version of NVIDIA's driver; None without one.
+        torch_version: installed.
+        cuda_of_torch: that it was built for; None for a CPU build.
+    """
+    if gpus:
+        return Finding("accelerator", "ok", f"{gpus} GPUs, torch for CUDA {cuda_of_torch}, driver {driver}")
+    if driver is None:
         return Finding("accelerator", "ok", "no NVIDIA driver: runs here use the CPU")
-    if facts.cuda_of_torch is None:
-        return _failed(
-            "accelerator", f"there is an NVIDIA driver ({facts.driver}), and torch {facts.installed.get('torch')} is a CPU build",
-            "install a CUDA build of torch (https://pytorch.org/get-started)",
-        )  # fmt: skip
-    needed = OLDEST_DRIVER.get(int(facts.cuda_of_torch.split(".")[0]), 0)
-    if facts.driver < needed:
+    if cuda_of_torch is None:
+        text = f"there is an NVIDIA driver ({driver}), and torch {torch_version} is a CPU build"
+        return _failed("accelerator", text, "install a CUDA build of torch (https://pytorch.org/get-started)")
+    needed = OLDEST_DRIVER.get(int(cuda_of_torch.split(".")[0]), 0)
+    if driver < needed:
         return _failed(
             "accelerator",
-            f"torch is built for CUDA {facts.cuda_of_torch}, which needs driver {needed} or newer; {facts.driver} is loaded",
-            f"update the driver, or install a torch for an older CUDA (driver {facts.driver} is too old for this one)",
+            f"torch is built for CUDA {cuda_of_torch}, which needs driver {needed} or newer; {driver} is loaded",
+            f"update the driver, or install a torch for an older CUDA (driver {driver} is too old for this one)",
         )
     return _failed(
-        "accelerator", f"there is an NVIDIA driver ({facts.driver}), and torch for CUDA {facts.cuda_of_torch} sees no GPU",
+        "accelerator",
+        f"there is an NVIDIA driver ({driver}), and torch for CUDA {cuda_of_torch} sees no GPU",
         "check CUDA_VISIBLE_DEVICES, the job's --gpus-per-node, and nvidia-smi",
+    )
+
+
+def accelerator_here() -> Finding:
+    """Local. The same of this machine."""
+    return judge_accelerator(
+        gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        driver=driver_version(_read("/proc/driver/nvidia/version")), torch_version=torch.__version__,
+        cuda_of_torch=torch.version.cuda,
     )  # fmt: skip
 
 

@@ -36,7 +36,10 @@ def check_start(config: AnyConfig, site: Site, *, num_parameters: int) -> None:
         PeerError: on all other ranks.
     """
     started = time.perf_counter()
-    found = inspect(site.control, site.device, config.start, places_of(config, num_parameters=num_parameters))
+    found = inspect(
+        site.control, site.device, config.start, places_of(config, num_parameters=num_parameters),
+        may_use_gpus=config.engine.device == "auto",
+    )  # fmt: skip
     tell(found, config, site, seconds=time.perf_counter() - started)
     refuse(found.findings, rank=site.world.rank)
 

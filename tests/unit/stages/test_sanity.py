@@ -12,6 +12,7 @@ from dstrain.base.errors import StorageError
 from dstrain.base.world import World
 from dstrain.health import sanity
 from dstrain.health.sanity_disk import Room
+from dstrain.health.sanity_findings import Finding
 from dstrain.stages.assembly import Site
 from dstrain.stages.config import PretrainConfig
 from dstrain.stages.sanity import check_start, places_of
@@ -82,3 +83,18 @@ def test_what_is_switched_off_is_not_looked_at(tmp_path, monkeypatch):
     monkeypatch.setattr(sanity, "room_at", lambda path: pytest.fail("asked for the room"))
     check_start(config(tmp_path, start={"disk": False}), site(), num_parameters=10**12)
     assert events(tmp_path)[0]["findings"] == []
+
+
+def test_a_gpu_that_torch_cannot_use_is_no_silent_cpu_run_unless_the_cpu_was_chosen(tmp_path, monkeypatch, caplog):
+    broken = Finding(
+        "accelerator",
+        "failed",
+        "there is an NVIDIA driver (550), and torch 2.13 is a CPU build",
+        "install one for CUDA",
+    )
+    monkeypatch.setattr(sanity, "accelerator_here", lambda: broken)
+    check_start(config(tmp_path, engine={"device": "cpu"}), site(), num_parameters=1000)
+    assert not caplog.records
+    check_start(config(tmp_path, engine={"device": "auto"}), site(), num_parameters=1000)
+    (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert "is a CPU build; the run uses the CPU: install one for CUDA" in record.message
