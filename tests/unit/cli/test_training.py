@@ -42,7 +42,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     monkeypatch.setattr(pretrain, "pretrain", stage)
     monkeypatch.setattr(finetune, "finetune", stage)
     monkeypatch.setattr(evaluate, "evaluate", score)
-    monkeypatch.setattr(training, "_prepare", lambda config: None)
+    monkeypatch.setattr(training, "choose_early", lambda config: None)
     return calls
 
 
