@@ -88,7 +88,7 @@ def run_dstrain(args: argparse.Namespace) -> dict[str, float]:
     from dstrain.stages.pretrain import assemble
     from dstrain.train.engine import Engine
 
-    with open_site(config, world) as site:
+    with open_site(config.engine, config.start, world) as site:
         parts = assemble(config, site)
         engine = Engine(
             parts.model, parts.objective, config=config.engine, optimizer=config.optimizer, control=site.control,
