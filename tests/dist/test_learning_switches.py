@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -14,7 +16,7 @@ from dstrain.base.errors import ExitCode
 from dstrain.checkpoint.reader import Checkpoint
 from dstrain.models.huggingface import load_folder_weights
 from dstrain.stages.export import export_run
-from tests.support.runs import build_tiny_shards, pretrain_job, pretrain_settings, step_events, write_config
+from tests.support.runs import Job, build_tiny_shards, pretrain_job, pretrain_settings, step_events, write_config
 
 pytestmark = pytest.mark.dist
 
@@ -124,3 +126,26 @@ def test_the_mean_of_the_last_checkpoints_is_exported(runs: Path, tmp_path: Path
     torch.testing.assert_close(exported[name], torch.stack(steps).mean(dim=0), rtol=1e-5, atol=1e-7)
     assert not torch.equal(exported[name], steps[-1])
     assert "mean of steps 8, 10, 12" in (tmp_path / "hf/README.md").read_text()
+
+
+def test_the_mean_of_the_last_checkpoints_is_scored(runs: Path) -> None:
+    asked = {"one": ("--step", "12"), "mean of one": ("--average", "last:1"), "mean": ("--average", "last:3")}
+    jobs = {
+        name: Job(
+            ["-m", "dstrain.cli.main", "evaluate", str(runs / "whole"), *words], world_size=1, log_folder=runs / name
+        )
+        for name, words in asked.items()
+    }
+    for job in jobs.values():
+        job.succeed()
+    scores = {name: printed(job) for name, job in jobs.items()}
+    assert scores["one"] == scores["mean of one"]
+    assert scores["mean"]["targets"] == scores["one"]["targets"]
+    assert scores["mean"]["loss"] != scores["one"]["loss"]
+
+
+def printed(job: Job) -> dict[str, float]:
+    """The object that a command has printed."""
+    found = re.search(r"^\{$.*?^\}$", job.logs[0].read_text(), re.MULTILINE | re.DOTALL)
+    assert found is not None, job.output()
+    return json.loads(found[0])  # type: ignore[no-any-return]

@@ -18,6 +18,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 import torch
 
 from dstrain.base.control import ControlPlane
+from dstrain.base.device import Precision
 from dstrain.base.protocols import MicroBatch, StepData
 from dstrain.base.world import world_from_environment
 from dstrain.checkpoint.manifest import model_fingerprint, stored_states
@@ -30,7 +31,9 @@ from dstrain.optim.config import OptimizerConfig
 from dstrain.train.ds_config import EngineConfig
 from dstrain.train.engine import Engine, start_processes, stop_processes
 
-WORLDS, STAGES, KINDS = (1, 2, 3), (0, 1, 2, 3), ("stable_adamw", "lamb", "muon")
+WORLDS, KINDS = (1, 2, 3), ("stable_adamw", "lamb", "muon")
+SETUPS = ((0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"))
+"""ZeRO stage and precision; the last is what runs on GPUs by default, and another class of DeepSpeed's."""
 SAVED, LAST = 2, 4
 # Odd sizes, so that partitions cut through matrices; a fused query-key-value matrix.
 SHAPE = {
@@ -39,13 +42,13 @@ SHAPE = {
 }  # fmt: skip
 
 
-def build(control: ControlPlane, *, stage: int, kind: str) -> Engine:
+def build(control: ControlPlane, *, stage: int, precision: Precision, kind: str) -> Engine:
     torch.manual_seed(3)
     model = build_masked_lm(ModelConfig(config=SHAPE, pad_vocab_to=1), vocab_size=53, special={"pad_token_id": 0})
     optimizer = OptimizerConfig(kind=kind, weight_decay=0.1)  # type: ignore[arg-type]
     return Engine(
         model, MlmObjective(), config=EngineConfig(zero_stage=stage), optimizer=optimizer, control=control, device="cpu",
-        precision="fp32", micro_batch=2, accumulation=-(-6 // control.world.size), seed=1,
+        precision=precision, micro_batch=2, accumulation=-(-6 // control.world.size), seed=1,
     )  # fmt: skip
 
 
@@ -89,8 +92,8 @@ def load(engine: Engine, folder: Path) -> None:
     engine.fragments.set_optimizer_step(SAVED)
 
 
-def name(world: int, stage: int, kind: str) -> str:
-    return f"w{world}-z{stage}-{kind}"
+def name(world: int, stage: int, precision: str, kind: str) -> str:
+    return f"w{world}-z{stage}-{precision}-{kind}"
 
 
 def main(root: Path) -> None:
@@ -99,26 +102,27 @@ def main(root: Path) -> None:
     control = start_processes(world, device="cpu", timeout_s=120)
     losses: dict[str, list[float]] = {}
     engines = {}
-    for stage in STAGES:
+    for stage, precision in SETUPS:
         for kind in KINDS:
-            engine = engines[stage, kind] = build(control, stage=stage, kind=kind)
-            own = name(world.size, stage, kind)
+            engine = engines[stage, precision, kind] = build(control, stage=stage, precision=precision, kind=kind)
+            own = name(world.size, stage, precision, kind)
             losses[own] = train(engine, 0, SAVED)
             save(engine, root / own, stage=stage)
             losses[own] += train(engine, SAVED, LAST)
             save(engine, root / own, stage=stage)
-    # The checkpoints go round: each world and stage goes on from those of the world and stage before it.
-    for stage in STAGES:
-        source_world, source_stage = WORLDS[(WORLDS.index(world.size) + 1) % 3], STAGES[(stage + 1) % 4]
+    # The checkpoints go round: each world and set-up goes on from those of the world and set-up before it.
+    for number, (stage, precision) in enumerate(SETUPS):
+        source_world, source_setup = WORLDS[(WORLDS.index(world.size) + 1) % 3], SETUPS[(number + 1) % len(SETUPS)]
         for kind in KINDS:
-            for source in (name(world.size, stage, kind), name(source_world, source_stage, kind)):
+            own = name(world.size, stage, precision, kind)
+            for source in (own, name(source_world, *source_setup, kind)):
                 path = root / source / f"step-{SAVED:08d}"
                 while not path.exists():
                     time.sleep(0.05)
-                load(engines[stage, kind], path)
-                key = f"{source}-to-{name(world.size, stage, kind)}"
-                losses[key] = train(engines[stage, kind], SAVED, LAST)
-                save(engines[stage, kind], root / "resumed" / key, stage=stage)
+                engine = engines[stage, precision, kind]
+                load(engine, path)
+                losses[f"{source}-to-{own}"] = train(engine, SAVED, LAST)
+                save(engine, root / "resumed" / f"{source}-to-{own}", stage=stage)
     if world.is_first:
         (root / f"losses-{world.size}.json").write_text(json.dumps(losses))
     stop_processes(world)
