@@ -64,7 +64,10 @@ def test_slurms_own_signal_reaches_the_ranks_and_a_stop_file_ends_the_chain(
     lab: Lab, tmp_path: Path, shards: Path
 ) -> None:
     run = SlurmRun(lab, tmp_path, shards, train={"max_steps": 100_000}, stop={"slurm_end": False})
-    run.submit("--time=1", "--signal=USR1@10")
+    run.submit("--signal=USR1@30").wait_for_step(20)
+    lab.on("ctl", "scontrol", "update", f"JobId={run.job}", "EndTime=now+60")
+    wait_until(lambda: run.now().state == "PENDING", what="the requeue", tell=run.tell)
+    lab.on("ctl", "scontrol", "update", f"JobId={run.job}", "TimeLimit=10")
     run.wait_for_restart()
     assert [code for code, _ in run.causes(before_attempt=2)] == [75, 75]
     assert "SIGUSR1" in {cause for _, cause in run.causes(before_attempt=2)}
