@@ -11,6 +11,7 @@ import functools
 import importlib
 import logging
 import os
+import socket
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -100,15 +101,17 @@ class StepTotals:
     step_s: float
 
 
-def start_processes(world: World, *, device: str, timeout_s: int, word: Word, waiting: Waiting) -> ControlPlane:
+def start_processes(
+    world: World, *, device: str, timeout_s: int, word: Word | None = None, waiting: Waiting | None = None
+) -> ControlPlane:  # fmt: skip
     """Join the process group of the job and open the control plane.
 
     Args:
         world: this process's place.
         device: cpu or cuda.
         timeout_s: longest wait for a peer in a collective.
-        word: what this rank says of itself; with a fault in it all ranks leave.
-        waiting: for ranks that have not come yet.
+        word: what this rank says of itself; with a fault in it all ranks leave. Default: that it can take part.
+        waiting: for ranks that have not come yet. Default: as long as for a peer in a collective.
 
     Raises:
         MachineError: this rank's fault, or a port that is taken.
@@ -116,6 +119,7 @@ def start_processes(world: World, *, device: str, timeout_s: int, word: Word, wa
         PeerGoneError: another rank did not come or has gone; those that did not come are named.
         Interrupted: some rank was asked to stop while waiting.
     """
+    word, waiting = word or Word(socket.gethostname(), device), waiting or Waiting(timeout_s)
     world.export(os.environ)
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("DSTRAIN_DEEPSPEED_LOG_LEVEL", "WARNING").upper())
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 renamed; nothing a user could act on.
