@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from dstrain.base.errors import MachineError
 from dstrain.checkpoint.manifest import MASTER, Fragment
 
+Place = tuple[str, int, Tensor, int, int]
+"""(name, offset in the flattened parameter, the optimizer's tensor, start in it, elements)."""
+
 
 class EngineState:
     """The fragments of one DeepSpeed engine with one of dstrain's optimizers."""
@@ -65,30 +68,25 @@ class EngineState:
             return [(t, tuple(self._groups[self._outer.sub_group_to_group_id[i]]["moments"])) for i, t in flat]
         return [(t, tuple(group["moments"])) for group in self._groups for t in group["params"]]
 
-    def places(self) -> Iterator[tuple[str, int, Tensor, int, int]]:
-        """(name, offset in the parameter, optimizer's tensor, start in it, elements) of the masters this rank holds."""
-        owners = {t.untyped_storage().data_ptr(): t for t, _ in self.tensors()}
-        for fragment in self.held():
-            if fragment.state == MASTER:
-                tensor = owners[fragment.tensor.untyped_storage().data_ptr()]
-                start = int(fragment.tensor.storage_offset() - tensor.storage_offset())
-                yield fragment.name, fragment.offset, tensor, start, fragment.tensor.numel()
+    def places(self) -> Iterator[Place]:
+        """Where in the optimizer's tensors the masters lie that this rank holds; the moments lie alike."""
+        if self._stage == 0:
+            return self._replicated()
+        return self._stage_3() if self._stage == 3 else self._mapped()
 
     def held(self) -> Iterator[Fragment]:
         """All this rank holds and must fill when loading."""
-        if self._stage == 0:
-            yield from self._replicated()
-        elif self._stage == 3:
-            yield from self._stage_3()
-        else:
-            yield from self._mapped()
+        for name, offset, tensor, start, numel in self.places():
+            moments = [(key, value) for key, value in self._inner.state[tensor].items() if key != "step"]
+            for key, value in [(MASTER, tensor), *moments]:
+                yield Fragment(name, key, offset, value.detach().view(-1)[start : start + numel])
 
     def owned(self, *, rank: int, world_size: int) -> Iterator[Fragment]:
         """What this rank writes: its own fragments, or at stage 0 its balanced share of what all ranks hold."""
         if self._stage != 0:
             yield from self.held()
             return
-        for fragment in self._replicated():
+        for fragment in self.held():
             n = fragment.tensor.numel()
             a, b = rank * n // world_size, (rank + 1) * n // world_size
             if a < b:
@@ -143,39 +141,26 @@ class EngineState:
             if scaler is not None and key in _SCALER_FIELDS and hasattr(scaler, key):
                 setattr(scaler, key, type(getattr(scaler, key))(value))
 
-    def _replicated(self) -> Iterator[Fragment]:
+    def _replicated(self) -> Iterator[Place]:
         masters = self._stage_0_masters()
         for name, parameter in self._parameters.items():
-            master = masters[parameter]
-            yield from self._fragments(name, 0, master, 0, master.numel())
+            yield name, 0, masters[parameter], 0, parameter.numel()
 
-    def _mapped(self) -> Iterator[Fragment]:
+    def _mapped(self) -> Iterator[Place]:
         for name, parameter in self._parameters.items():
             mapping = parameter._hp_mapping
-            if mapping is None:
-                continue
-            tensor, place = (
-                self._groups[mapping.param_group_index]["params"][0],
-                mapping.hp_fragment_address,
-            )
-            start = int(mapping.lp_fragment_address.start)
-            yield from self._fragments(name, start, tensor, int(place.start), int(place.numel))
+            if mapping is not None:
+                tensor, place = self._groups[mapping.param_group_index]["params"][0], mapping.hp_fragment_address
+                yield name, int(mapping.lp_fragment_address.start), tensor, int(place.start), int(place.numel)
 
-    def _stage_3(self) -> Iterator[Fragment]:
+    def _stage_3(self) -> Iterator[Place]:
         rank = torch.distributed.get_rank()
         for name, parameter in self._parameters.items():
             number, at, size = self._outer.grad_position[self._outer.get_param_id(parameter)]
             start = rank * size
             count = min(size, int(parameter.ds_numel) - start)  # the last partition ends in padding
             if count > 0:
-                yield from self._fragments(name, start, self._outer.fp32_partitioned_groups_flat[number], at, count)
-
-    def _fragments(self, name: str, offset: int, tensor: Tensor, start: int, numel: int) -> Iterator[Fragment]:
-        """The master and the moments of a range of one of the optimizer's tensors."""
-        state = self._inner.state[tensor]
-        moments = [(key, value) for key, value in state.items() if key != "step"]
-        for key, value in [(MASTER, tensor), *moments]:
-            yield Fragment(name, key, offset, value.detach().view(-1)[start : start + numel])
+                yield name, start, self._outer.fp32_partitioned_groups_flat[number], at, count
 
     def _grouped(self) -> list[tuple[list[nn.Parameter], dict[str, Any]]]:
         """The model's own parameters, by optimizer group."""
