@@ -166,14 +166,22 @@ def _saves(plan: Plan) -> Iterator[str]:
 
 def _cost(plan: Plan) -> Iterator[str]:
     cost = plan.cost
+    billions = cost.tokens / 1e9
     yield (
-        f"run          {cost.steps:,} steps, {cost.tokens / 1e9:,.2f} billion tokens: {cost.hours:,.1f} hours, "
-        f"{cost.gpu_hours:,.0f} GPU-hours, {cost.money:,.0f} {cost.currency}, {cost.kilowatt_hours:,.0f} kWh"
+        f"run          {cost.steps:,} steps, {_amount(billions)} billion tokens: {_amount(cost.hours)} hours, "
+        f"{_amount(cost.gpu_hours)} GPU-hours, {_amount(cost.money)} {cost.currency}, {_amount(cost.kilowatt_hours)} kWh"
     )
     yield (
-        f"             for a billion tokens: {cost.gpu_hours / (cost.tokens / 1e9):,.2f} GPU-hours, "
-        f"{cost.money / (cost.tokens / 1e9):,.2f} {cost.currency}"
+        f"             for a billion tokens: {_amount(cost.gpu_hours / billions)} GPU-hours, "
+        f"{_amount(cost.money / billions)} {cost.currency}"
     )
+
+
+def _amount(value: float) -> str:
+    """Three digits or more, never 0 for what is not."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if value >= 1 else f"{value:.2g}"
 
 
 def _notes(plan: Plan) -> Iterator[str]:

@@ -19,7 +19,7 @@ def test_text_and_json_agree() -> None:
     text, data = plan_text(plan), json.loads(json.dumps(plan_json(plan)))
     assert f"{data['model']['parameters']:,} parameters" in text
     assert f"{data['memory']['total_bytes'] / 2**30:.2f} GiB of" in text
-    assert f"{data['cost']['gpu_hours']:,.0f} GPU-hours" in text
+    assert re.search(rf"{data['cost']['gpu_hours']:.2f}|{data['cost']['gpu_hours']:,.0f} GPU-hours", text)
     assert data["memory"]["total_bytes"] == sum(
         part["num_bytes"] for part in data["memory"]["parts"] if part["moment"] in ("always", data["memory"]["peak"])
     )
@@ -63,3 +63,9 @@ def test_a_simulation_is_one_line_a_size() -> None:
     text = scaling_text(rows, seed=0)
     assert len(text.splitlines()) == 2 + 2
     assert re.search(r"^ +64 +8 ", text, re.MULTILINE)
+
+
+def test_a_run_of_minutes_does_not_cost_nothing() -> None:
+    text = plan_text(make_plan(workload(max_steps=10, global_batch=8), site(gpus=1)))
+    run = next(line for line in text.splitlines() if line.startswith("run "))
+    assert not re.search(r" 0(\.0+)? (hours|GPU-hours|USD|billion)", run)
