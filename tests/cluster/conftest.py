@@ -38,20 +38,33 @@ def lab(_lab: Lab) -> Iterator[Lab]:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Read-only; made by one process as the page's commands make them, beside the corpus and its tokenizer."""
-    home = tmp_path_factory.mktemp("shards")
-    build_tiny_shards(home)
-    by_default = home / "by-default"
-    build_shards(
-        [str(home / "corpus.jsonl")], tokenizer=home / "tok", out=by_default, config=ShardBuildConfig(), quiet=True
-    )
-    return by_default
+    """Read-only: many small blocks, beside the corpus and its tokenizer."""
+    return build_tiny_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="session")
+def shards_by_default(shards: Path) -> Path:
+    """Read-only: of the same corpus, made by one process with the settings that commands have unasked."""
+    home = shards.parent
+    out = home / "by-default"
+    build_shards([str(home / "corpus.jsonl")], tokenizer=home / "tok", out=out, config=ShardBuildConfig(), quiet=True)
+    return out
 
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Result:
     """What two ranks come to that nobody disturbs, on this machine."""
-    run = ClusterRun.prepare(tmp_path_factory.mktemp("undisturbed"), shards)
+    return _undisturbed(tmp_path_factory.mktemp("undisturbed"), shards)
+
+
+@pytest.fixture(scope="session")
+def undisturbed_by_default(tmp_path_factory: pytest.TempPathFactory, shards_by_default: Path) -> Result:
+    """The same, from the other shards."""
+    return _undisturbed(tmp_path_factory.mktemp("undisturbed-by-default"), shards_by_default)
+
+
+def _undisturbed(home: Path, shards: Path) -> Result:
+    run = ClusterRun.prepare(home, shards)
     with pretrain_job(run.config, world_size=2) as job:
         job.succeed()
     return run.result()

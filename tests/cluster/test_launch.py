@@ -67,15 +67,18 @@ def test_ranks_of_one_node_that_srun_starts_keep_to_cores_of_their_own(lab: Lab,
     assert len(kept) == 2, f"two ranks and their watchers, two sets of cores: {kept}"
 
 
-def test_shards_are_submitted_as_an_array(lab: Lab, tmp_path: Path, shards: Path) -> None:
-    home = shards.parent
+def test_shards_are_submitted_as_an_array(lab: Lab, tmp_path: Path, shards_by_default: Path) -> None:
+    home = shards_by_default.parent
     array = launch(
         lab, tmp_path, "shards", "--input", home / "corpus.jsonl", "--tokenizer", home / "tok", "--out", tmp_path / "out",
         "--array", "0-2", "--time", "5",
     )  # fmt: skip
     wait_until(lambda: lab.on("ctl", "squeue", "--noheader", f"--jobs={array}") == "", what="the array's end")
-    tars = {folder: {p.name: p.read_bytes() for p in folder.rglob("*.tar")} for folder in (tmp_path / "out", shards)}
-    assert tars[tmp_path / "out"] == tars[shards] != {}
+    tars = {
+        folder: {p.name: p.read_bytes() for p in folder.rglob("*.tar")}
+        for folder in (tmp_path / "out", shards_by_default)
+    }
+    assert tars[tmp_path / "out"] == tars[shards_by_default] != {}
 
 
 def test_what_sbatch_refuses_is_told_in_one_line(lab: Lab, tmp_path: Path, shards: Path) -> None:

@@ -22,9 +22,9 @@ STAGES = ("shards", "pretrain", "export", "finetune", "evaluate")
 
 
 def test_the_whole_line_runs_by_itself_and_comes_to_what_one_machine_comes_to(
-    lab: Lab, tmp_path: Path, shards: Path, undisturbed: Result
+    lab: Lab, tmp_path: Path, shards_by_default: Path, undisturbed_by_default: Result
 ) -> None:
-    home, run = shards.parent, ClusterRun.prepare(tmp_path, shards)
+    home, run = shards_by_default.parent, ClusterRun.prepare(tmp_path, shards_by_default)
     told = {
         "CORPUS": home / "corpus.jsonl", "TOKENIZER": home / "tok", "SHARDS": tmp_path / "shards", "RUN": run.folder,
         "PRETRAIN": run.config, "EXPORT": tmp_path / "hf", "FINETUNE": _finetune(tmp_path),
@@ -35,8 +35,8 @@ def test_the_whole_line_runs_by_itself_and_comes_to_what_one_machine_comes_to(
     _complete(lab, jobs, tmp_path)
 
     assert lab.job(jobs["pretrain"]).restarts >= 1
-    assert run.result() == undisturbed
-    assert _tars(tmp_path / "shards") == _tars(shards), "an array of three wrote the bytes of one process"
+    assert run.result() == undisturbed_by_default
+    assert _tars(tmp_path / "shards") == _tars(shards_by_default), "an array of three wrote the bytes of one process"
     assert (tmp_path / "hf/model.safetensors").is_file()
     assert "logits differ by at most" in (tmp_path / "export.log").read_text()
     assert json.loads((tmp_path / "tuned/metrics.json").read_text())["validation"]["metrics"]["accuracy"] > 0.9
@@ -44,7 +44,7 @@ def test_the_whole_line_runs_by_itself_and_comes_to_what_one_machine_comes_to(
 
     again = _submit(lab, tmp_path, told)  # started once more, everything finds that it is done
     _complete(lab, again, tmp_path)
-    assert run.result() == undisturbed
+    assert run.result() == undisturbed_by_default
 
 
 def test_the_pages_way_to_shards(lab: Lab, tmp_path: Path, shards: Path) -> None:
