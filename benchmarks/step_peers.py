@@ -54,17 +54,18 @@ class Job:
     """Sections of a run's configuration, for dstrain."""
 
 
-def prepare(folder: Path, vocab_size: int, *, corpora: Iterable[str] = ("austen",)) -> None:
-    """Paragraphs of embedded corpora, a tokenizer and shards, made once for all peers."""
+def prepare(folder: Path, vocab_size: int, *, paragraphs: bool = True) -> None:
+    """Paragraphs (or whole texts) of the embedded Austen corpus, a tokenizer and shards, made once for all peers."""
     from dstrain.corpus.build import ShardBuildConfig, build_shards
     from dstrain.corpus.documents import CorpusConfig, find_sources, read_documents
     from dstrain.data.tokenizer import train_tokenizer
 
     corpus = folder / "paragraphs.jsonl"
-    sources = find_sources([str(files("dstrain") / "corpora" / f"{name}.jsonl.gz") for name in corpora])
+    sources = find_sources([str(files("dstrain") / "corpora" / "austen.jsonl.gz")])
     with corpus.open("w", encoding="utf-8") as out:
         for document in read_documents(sources, CorpusConfig()):
-            for number, text in enumerate(t for t in document.text.split("\n") if len(t) > 20):
+            parts = [t for t in document.text.split("\n") if len(t) > 20] if paragraphs else [document.text]
+            for number, text in enumerate(parts):
                 out.write(json.dumps({"id": f"{document.id}-{number}", "text": text}) + "\n")
     texts = (d.text for d in read_documents(find_sources([str(corpus)]), CorpusConfig()))
     train_tokenizer(texts, kind="wordpiece", vocab_size=vocab_size, lowercase=True, out=folder / "tok", quiet=True)
@@ -140,7 +141,7 @@ def run_dstrain(job: Job, *, by_hand: bool) -> dict[str, Any]:
     from dstrain.stages.pretrain import assemble
 
     last = job.warmup + job.steps
-    with open_site(config, world) as site:
+    with open_site(config.engine, config.start, world) as site:
         parts = assemble(config, site)
         with Prefetcher(parts.loader, first_step=0, last_step=last, depth=2) as steps:
             return _by_hand(job, parts, site, steps) if by_hand else _by_engine(job, config, parts, site, steps)
@@ -240,8 +241,12 @@ def run_hf(job: Job) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder / "tok")
     rows = _padded_rows(job, tokenizer) if job.peer == "hf-padded" else _full_rows(job, tokenizer)
     torch.manual_seed(SEED)
+    special = {
+        "pad_token_id": tokenizer.pad_token_id, "cls_token_id": tokenizer.cls_token_id, "sep_token_id": tokenizer.sep_token_id,
+        "bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id,
+    }  # fmt: skip
     size = -(-len(tokenizer) // (job.model_vocab or 1)) * (job.model_vocab or 1)
-    model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(vocab_size=size, **job.model))
+    model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(vocab_size=size, **special, **job.model))
     clock = Clock(job)
     counted = {"tokens": 0}
     world = int(os.environ.get("WORLD_SIZE", "1"))

@@ -42,7 +42,7 @@ def run_dstrain(job: Job) -> dict[str, Any]:
     from dstrain.train.engine import Engine
 
     goal, every, warmup = job.options["goal"]["loss"], job.options["goal"]["every"], job.options["goal"]["warmup"]
-    with open_site(config, world) as site:
+    with open_site(config.engine, config.start, world) as site:
         parts = assemble(config, site)
         engine = Engine(
             parts.model, parts.objective, config=config.engine, optimizer=config.optimizer, control=site.control,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from dstrain.base.errors import DstrainError, PeerError
 from dstrain.base.secrets import redact
-from dstrain.cli import audit, demo, doctor, export, launch, plan, shards, status, tokenizer, training
+from dstrain.cli import audit, bench, demo, doctor, export, launch, plan, shards, status, tokenizer, training
 
 _EPILOG = """
 the way from text to a model:
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    for module in (tokenizer, shards, plan, training, launch, doctor, status, audit, export, demo):
+    for module in (tokenizer, shards, plan, bench, training, launch, doctor, status, audit, export, demo):
         module.add_parser(subparsers)
     return parser
 

@@ -1,0 +1,52 @@
+"""`dstrain bench` on tiny shards: the variants' configurations, and a whole waterfall with real processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dstrain.base.config import validate
+from dstrain.base.errors import ConfigError
+from dstrain.monitor.flops import ModelShape, flops_per_token
+from dstrain.planner.bench import useful_flops, variant_config
+from dstrain.planner.devices import find_device
+from dstrain.planner.variants import Variant, variants
+from dstrain.planner.workload import workload
+from dstrain.stages.config import PretrainConfig
+from dstrain.train.footprint import Batch
+from tests.support.runs import build_tiny_shards, pretrain_settings
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("bench")
+    return pretrain_settings(build_tiny_shards(folder), folder / "run", data={"lanes": 6})
+
+
+def test_a_variant_has_one_micro_batch_a_step_and_a_run_folder_of_its_own(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    config = validate(PretrainConfig, settings, source="test")
+    for variant in variants(model_type="bert", compiles=False, micro_batch=4):
+        found = variant_config(config, variant, tmp_path)
+        assert found["train"]["global_batch"] == found["train"]["micro_batch"]
+        assert found["run_folder"] == str(tmp_path / "run")
+        assert found["seed"] == 7
+    assert found["train"]["micro_batch"] == 8
+
+
+def test_keys_that_do_not_go_together_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = validate(PretrainConfig, settings, source="test")
+    odd = Variant("odd", "", {"model": {"kind": "dstrain-encoder"}})
+    with pytest.raises(ConfigError, match="dstrain bench, odd"):
+        variant_config(config, odd, tmp_path)
+
+
+def test_useful_arithmetic_is_that_of_the_monitor(settings: dict[str, Any]) -> None:
+    config = validate(PretrainConfig, settings, source="test")
+    anatomy = workload(config, find_device("cpu")).anatomy
+    shape = ModelShape(anatomy.layers, anatomy.hidden, anatomy.intermediate, anatomy.vocab)
+    expected = 1000 * flops_per_token(shape, mean_context=30.0, scored_share=0.15)
+    assert useful_flops(anatomy, Batch(tokens=1000, scored=150, context=30.0)) == pytest.approx(expected, rel=1e-6)
