@@ -40,6 +40,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--compile", choices=("auto", "yes", "no"), default="auto", help="measure compiled blocks (auto: on a GPU)"
     )
+    parser.add_argument(
+        "--learning",
+        action="store_true",
+        help="also measure the switches that change what is learned (docs/learning.md)",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="write bench.md, bench.json and bench.svg there")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_run, more_into="overrides")
@@ -58,7 +63,9 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--seconds: must be above 0, got {args.seconds}")
     config = load_stage_config("pretrain", args.config, args.overrides)
     compiles = {"auto": None, "yes": True, "no": False}[args.compile]
-    effort = Effort(warmup=args.warmup, steps=args.steps, limit_s=args.seconds, compile_blocks=compiles)
+    effort = Effort(
+        warmup=args.warmup, steps=args.steps, limit_s=args.seconds, compile_blocks=compiles, learning=args.learning
+    )
     found = bench(config, effort, say=lambda line: print(line, file=sys.stderr, flush=True))
     print(json.dumps(as_json(found), indent=1) if args.json else markdown(found))
     if args.out is not None:

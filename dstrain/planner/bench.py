@@ -23,7 +23,7 @@ from dstrain.planner.calibration import calibrated_device, device_of
 from dstrain.planner.devices import Device, find_device
 from dstrain.planner.probe import Clock, Measured, measure_attention, measure_bandwidth, measure_products
 from dstrain.planner.steptime import Stack, micro_batch_seconds
-from dstrain.planner.variants import Variant, variants
+from dstrain.planner.variants import Variant, learning_variants, variants
 from dstrain.planner.waterfall import Measurement, Waterfall
 from dstrain.planner.workload import Workload, workload
 from dstrain.stages.config import PretrainConfig
@@ -41,6 +41,8 @@ class Effort:
     steps: int = 20
     limit_s: float = 30.0
     """Of the timed steps of one variant."""
+    learning: bool = False
+    """Measure the switches that change what is learned, too."""
     compile_blocks: bool | None = None
     """None: where `engine.compile: auto` would."""
 
@@ -69,6 +71,10 @@ def bench(config: PretrainConfig, effort: Effort, *, say: Callable[[str], None])
     done, failed = _measure_all(config, chosen, effort, say=say)
     if not done:
         raise ConfigError(f"dstrain bench: no variant could run; the first said: {failed[0][1]}")
+    if effort.learning:
+        fastest = max(done, key=lambda pair: pair[1]["tokens"] / pair[1]["seconds"])[0]
+        more, more_failed = _measure_all(config, learning_variants(fastest), effort, say=say)
+        done, failed = [*done, *more], [*failed, *more_failed]
     rates = [
         _measurement(variant, answer, work.anatomy, limit, work=work, precision=precision) for variant, answer in done
     ]
@@ -139,7 +145,7 @@ def variant_config(config: PretrainConfig, variant: Variant, scratch: Path) -> d
     """
     plain = to_plain(config)
     for name, section in variant.sections.items():
-        plain[name] = {**plain[name], **section}
+        plain[name] = {**(plain[name] or {}), **section}
     plain["train"]["global_batch"] = plain["train"]["micro_batch"]
     plain["train"]["evaluate_rows"] = 1
     plain["data"]["lanes"] = None

@@ -45,8 +45,9 @@ class Waterfall:
     @property
     def best(self) -> Measurement:
         """The fastest, or an earlier one that is as fast."""
-        top = max(m.tokens_per_second for m in self.measured)
-        return next(m for m in self.measured if m.tokens_per_second * _WORTH_IT >= top)
+        same = [m for m in self.measured if not m.variant.changes_learning]
+        top = max(m.tokens_per_second for m in same)
+        return next(m for m in same if m.tokens_per_second * _WORTH_IT >= top)
 
     def recommended(self) -> str:
         """The best variant's keys as YAML."""
@@ -63,6 +64,8 @@ def markdown(found: Waterfall) -> str:
     ]  # fmt: skip
     before = base
     for m in found.measured:
+        if m.variant.changes_learning:
+            before = found.best.tokens_per_second
         lines.append(
             f"| {m.variant.name} | {m.tokens_per_second:,.0f} | {m.tokens_per_second / base:.2f}× | {m.tokens_per_second / before:.2f}× | "
             f"{m.mfu:.1%} | {m.of_roofline:.0%} | {m.peak_bytes / 1e9:.2f} | {m.last_loss:.3f} |"
@@ -71,7 +74,8 @@ def markdown(found: Waterfall) -> str:
     lines += ["", *(f"{v.name}: could not run: {why}" for v, why in found.failed)]
     lines += [
         "", "A token is a real one: padding does not count. MFU counts useful arithmetic only, packed documents by the sum of their "
-        "squared lengths. Losses are of the same steps and should differ in their last digits only, the last variant apart.",
+        "squared lengths. Losses are of the same steps and differ in their last digits only, with twice the micro-batch apart. "
+        "Lines that begin with \"with\" change what is learned, stand against the best one, and are never recommended.",
         "", f"Recommended ({found.best.variant.name}):", "", "```yaml", found.recommended().rstrip(), "```", "",
     ]  # fmt: skip
     return "\n".join(lines)

@@ -8,6 +8,7 @@ trained on, when to save or when to stop.
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import logging
 import os
@@ -168,6 +169,8 @@ def stop_processes(world: World) -> None:
     a test) would find them destroyed. There is no peer to wait for, so nothing is lost.
     """
     if world.size > 1 and distributed.is_initialized():
+        # Work that garbage still holds on to would end gloo's threads after their group: seen once in a while as an abort.
+        gc.collect()
         distributed.destroy_process_group()
 
 

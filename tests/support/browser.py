@@ -41,10 +41,13 @@ def obtain() -> str:
         return missing()
     install = ["install", "-y", "-qq", "--no-install-recommends", NAMES[0]]
     for words in (["update", "-qq"], install):
-        done = subprocess.run(
-            ["apt-get", "-o", "DPkg::Lock::Timeout=120", *words], env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
-            capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=300,
-        )  # fmt: skip
+        try:
+            done = subprocess.run(
+                ["apt-get", "-o", "DPkg::Lock::Timeout=120", *words], env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+                capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=300,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return f"{missing()}; apt-get {words[0]} took more than 300 s"
         if done.returncode != 0:
             return f"{missing()}; apt-get {words[0]} failed: {done.stderr.strip()[-300:]}"
     return missing()

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from dstrain.planner.variants import variants
+from dstrain.base.config import validate
+from dstrain.planner.bench import variant_config
+from dstrain.planner.variants import learning_variants, variants
+from dstrain.stages.config import PretrainConfig
+from tests.support.runs import pretrain_settings
 
 
 @pytest.mark.parametrize(
@@ -38,3 +44,20 @@ def test_a_variant_is_not_changed_by_those_after_it() -> None:
     found = variants(model_type="modernbert", compiles=True, micro_batch=4)
     assert [v.sections["model"]["kind"] for v in found] == ["huggingface"] * 4 + ["dstrain-encoder"] * 3
     assert ["train" in v.sections for v in found] == [False] * 6 + [True]
+
+
+def test_switches_that_change_the_learning_stand_each_by_itself_on_the_best() -> None:
+    best = variants(model_type="bert", compiles=False, micro_batch=4)[-1]
+    found = learning_variants(best)
+    assert all(variant.changes_learning for variant in found)
+    for variant in found:
+        added = {name: section for name, section in variant.sections.items() if name not in best.sections}
+        assert len(added) == 1
+        assert {name: variant.sections[name] for name in best.sections} == best.sections
+
+
+def test_their_keys_are_those_of_the_configuration(tmp_path: Path) -> None:
+    settings = pretrain_settings(tmp_path / "shards", tmp_path / "run")
+    config = validate(PretrainConfig, settings, source="test")
+    for variant in learning_variants(variants(model_type="bert", compiles=False, micro_batch=4)[3]):
+        variant_config(config, variant, tmp_path)

@@ -63,3 +63,12 @@ def test_the_picture_has_a_bar_for_each_and_marks_the_best() -> None:
 def test_names_cannot_break_the_picture() -> None:
     found = Waterfall("<b>", "", [Measurement(Variant("a<b", ""), 1.0, 0.1, 0.1, 1, 1.0)])
     ElementTree.fromstring(svg(found))
+
+
+def test_what_changes_the_learning_is_never_recommended() -> None:
+    found = waterfall(100.0, 200.0)
+    other = Variant("with token dropping", "", changes_learning=True)
+    faster = Measurement(other, 400.0, mfu=0.1, of_roofline=0.1, peak_bytes=1, last_loss=6.0)
+    both = Waterfall("t", "", [*found.measured, faster])
+    assert both.best.variant.name == "+ unpadded"
+    assert "| with token dropping | 400 | 4.00× | 2.00× |" in markdown(both)
