@@ -10,9 +10,8 @@ import dataclasses
 import resource
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,23 +23,11 @@ from dstrain.base.protocols import IGNORED_LABEL, LossParts, MicroBatch, StepDat
 from dstrain.base.storage import read_json, write_json
 from dstrain.base.world import World
 from dstrain.objectives.linear_cross_entropy import score_logits
-from dstrain.planner.variants import Head
-from dstrain.stages.assembly import Assembly, Site, open_site
+from dstrain.planner.variants import Job
 from dstrain.stages.config import PretrainConfig
 
-
-@dataclass(frozen=True)
-class Job:
-    """What is measured."""
-
-    config: dict[str, Any]
-    """A whole pretraining configuration, the variant's keys included."""
-    head: Head
-    warmup: int
-    steps: int
-    limit_s: float
-    """No further timed step is begun after this; at least one is made."""
-    out: str
+if TYPE_CHECKING:
+    from dstrain.stages.assembly import Assembly, Site
 
 
 class LogitsObjective:
@@ -63,7 +50,9 @@ def measure(job: Job) -> dict[str, Any]:
     """Tokens, seconds, memory and losses of the timed steps."""
     config = validate(PretrainConfig, job.config, source="dstrain bench")
     choose_device(config.engine.device)
-    from dstrain.stages.pretrain import assemble  # noqa: PLC0415  (imports the engine, which must find the device chosen)
+    # These import DeepSpeed, which looks for its device when it is imported.
+    from dstrain.stages.assembly import open_site  # noqa: PLC0415
+    from dstrain.stages.pretrain import assemble  # noqa: PLC0415
 
     with open_site(config.engine, config.start, World()) as site:
         parts = assemble(config, site)

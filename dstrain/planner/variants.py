@@ -30,6 +30,20 @@ class Variant:
     """every-token: logits of all tokens; targets: logits of the targets only; inside: no logits, the head scores in chunks."""
 
 
+@dataclass(frozen=True)
+class Job:
+    """What is measured."""
+
+    config: dict[str, Any]
+    """A whole pretraining configuration, the variant's keys included."""
+    head: Head
+    warmup: int
+    steps: int
+    limit_s: float
+    """No further timed step is begun after this; at least one is made."""
+    out: str
+
+
 def variants(*, model_type: str, compiles: bool, micro_batch: int) -> tuple[Variant, ...]:
     """The waterfall, each with all savers of those before it.
 

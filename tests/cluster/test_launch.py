@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -54,17 +55,21 @@ def test_ranks_of_one_node_that_srun_starts_keep_to_cores_of_their_own(lab: Lab,
         lab, tmp_path, "pretrain", run.config, "--nodes", "1", "--ntasks-per-node", "2", "--cpus-per-task", "1"
     )
     wait_until(lambda: run.step >= 3, what="a few steps")
-    mine = f" {sys.executable} -u -m dstrain.cli.main pretrain --config {run.config}"
-    ids = [
-        line.split()[0]
-        for line in lab.on("node1", "ps", "-eo", "pid=,args=").splitlines()
-        if mine in line.split("srun")[0]
-    ]
-    kept = {lab.on("node1", "taskset", "--cpu-list", "--pid", pid).split(": ")[1] for pid in ids}
+    wait_until(lambda: len(cores_kept(lab, run)) == 2, what="two ranks and their watchers on two sets of cores")
     (run.folder / "stop").touch()
     _, code, log = end_of(lab, job, tmp_path)
     assert code == "82:0", log
-    assert len(kept) == 2, f"two ranks and their watchers, two sets of cores: {kept}"
+
+
+def cores_kept(lab: Lab, run: ClusterRun) -> set[str]:
+    """The sets of cores that processes of a run keep to on the first node."""
+    mine = f" {sys.executable} -u -m dstrain.cli.main pretrain --config {run.config}"
+    found: set[str] = set()
+    for line in lab.on("node1", "ps", "-eo", "pid=,args=").splitlines():
+        if mine in line.split("srun")[0]:
+            with contextlib.suppress(LabError):  # a process that has ended since
+                found.add(lab.on("node1", "taskset", "--cpu-list", "--pid", line.split()[0]).split(": ")[1])
+    return found
 
 
 def test_shards_are_submitted_as_an_array(lab: Lab, tmp_path: Path, shards_by_default: Path) -> None:

@@ -10,8 +10,9 @@ import pytest
 from dstrain.base.config import validate
 from dstrain.base.errors import ConfigError
 from dstrain.monitor.flops import ModelShape, flops_per_token
-from dstrain.planner.bench import useful_flops, variant_config
+from dstrain.planner.bench import higher, useful_flops, variant_config
 from dstrain.planner.devices import find_device
+from dstrain.planner.probe import AttentionRate, Measured, ProductRate
 from dstrain.planner.variants import Variant, variants
 from dstrain.planner.workload import workload
 from dstrain.stages.config import PretrainConfig
@@ -50,3 +51,15 @@ def test_useful_arithmetic_is_that_of_the_monitor(settings: dict[str, Any]) -> N
     shape = ModelShape(anatomy.layers, anatomy.hidden, anatomy.intermediate, anatomy.vocab)
     expected = 1000 * flops_per_token(shape, mean_context=30.0, scored_share=0.15)
     assert useful_flops(anatomy, Batch(tokens=1000, scored=150, context=30.0)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_higher_of_two_looks_at_a_device_counts() -> None:
+    def look(first: float, second: float, bandwidth: float) -> Measured:
+        return Measured(
+            device="cpu", name="x", precision="fp32", threads=1, memory_bytes=1, bandwidth=bandwidth, steps=(),
+            products=(ProductRate(1, 2, 3, first), ProductRate(1, 3, 2, second)), attention=(AttentionRate(8, first),),
+        )  # fmt: skip
+
+    found = higher(look(5.0, 1.0, 9.0), look(2.0, 4.0, 3.0))
+    assert [p.flops for p in found.products] == [5.0, 4.0]
+    assert (found.bandwidth, found.attention[0].flops) == (9.0, 5.0)
