@@ -108,6 +108,9 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=8000, help="of the tokenizer")
     parser.add_argument("--model-vocab", type=int, default=30522, help="rows of the embedding")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument(
+        "--zero-stage", type=int, default=0, choices=(0, 1, 2, 3), help="of dstrain; 0 costs least where all fits"
+    )
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--mask-rates", type=float, nargs="+", default=[0.15, 0.30])
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
@@ -127,6 +130,7 @@ def main() -> None:
                         peer=peer, folder=temporary, out=f"{temporary}/{peer}", model=bert(args.hidden, args.layers, args.row_length),
                         row_length=args.row_length, rows=args.rows, warmup=args.warmup, steps=args.steps, mask_rate=rate,
                         model_vocab=args.model_vocab, precision=args.precision, threads=args.threads,
+                        options={"engine": {"zero_stage": args.zero_stage}},
                     )  # fmt: skip
                     found = measure(job, processes)
                     results[processes, rate][peer].append(found)
@@ -138,7 +142,7 @@ def main() -> None:
     lines = [
         f"# A training step against its peers, {facts.date}", "", facts.text(), "",
         f"BERT, hidden {args.hidden}, {args.layers} layers, vocabulary {args.model_vocab}, rows of {args.row_length}, {args.rows} rows a "
-        f"process and step, {args.threads} thread(s) a process, {args.precision}, fused AdamW, ZeRO-1 for dstrain and hf-deepspeed. {args.steps} timed steps "
+        f"process and step, {args.threads} thread(s) a process, {args.precision}, fused AdamW, ZeRO-{args.zero_stage} for dstrain, ZeRO-1 for hf-deepspeed. {args.steps} timed steps "
         f"after {args.warmup}, {args.rounds} rounds in turn; median (smallest to largest), ratios round by round.", "",
     ]  # fmt: skip
     for (processes, rate), found in results.items():
