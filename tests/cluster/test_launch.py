@@ -65,7 +65,7 @@ def cores_kept(lab: Lab, run: ClusterRun) -> set[str]:
     """The sets of cores that processes of a run keep to on the first node."""
     mine = f" {sys.executable} -u -m dstrain.cli.main pretrain --config {run.config}"
     found: set[str] = set()
-    for line in lab.on("node1", "ps", "-eo", "pid=,args=").splitlines():
+    for line in lab.on("node1", "ps", "-ww", "-eo", "pid=,args=").splitlines():
         if mine in line.split("srun")[0]:
             with contextlib.suppress(LabError):  # a process that has ended since
                 found.add(lab.on("node1", "taskset", "--cpu-list", "--pid", line.split()[0]).split(": ")[1])
