@@ -276,9 +276,7 @@ def run_hf(job: Job) -> dict[str, Any]:
     )  # fmt: skip
     trainer.train()
     # With several processes the Trainer hands out the loss times their number, for the mean over them to undo.
-    result = clock.result()
-    scale = world if job.peer != "hf-deepspeed" else 1
-    return {**result, "losses": [float(loss) / scale for loss in clock.losses]}
+    return {**clock.result(), "losses": [float(loss) / world for loss in clock.losses]}
 
 
 def _arguments(job: Job, arguments: Any) -> Any:
