@@ -59,18 +59,16 @@ def choose_kernel(wanted: KernelChoice, at: Circumstances) -> Choice:
     Raises:
         ConfigError: the one asked for cannot serve here.
     """
-    obstacles: list[str] = []
-    for name in _IN_ORDER if wanted == "auto" else (wanted,):
-        obstacle = why_not(name, at)
-        if obstacle is None:
-            return Choice(
-                name, "; ".join(obstacles) if obstacles else ("asked for" if wanted != "auto" else "the fastest here")
-            )
-        if wanted != "auto":
+    if wanted != "auto":
+        if (obstacle := why_not(wanted, at)) is not None:
             raise ConfigError(f"model.attention_kernel: {wanted} is not possible here: {obstacle}; use auto")
-        if at.device == "cuda":
-            obstacles.append(f"no {name}: {obstacle}")
-    return Choice("sdpa", "; ".join(obstacles))
+        return Choice(wanted, "asked for")
+    if at.device != "cuda":
+        return Choice("sdpa", "the only one without a GPU")
+    obstacles = {name: why_not(name, at) for name in _IN_ORDER}
+    chosen = next(name for name in _IN_ORDER if obstacles[name] is None)  # sdpa, the last, always can
+    before = [f"no {name}: {obstacles[name]}" for name in _IN_ORDER[: _IN_ORDER.index(chosen)]]
+    return Choice(chosen, "; ".join(before) or "the first choice on a GPU")
 
 
 def why_not(name: str, at: Circumstances) -> str | None:

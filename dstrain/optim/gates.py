@@ -31,8 +31,8 @@ class Gated(torch.optim.Optimizer):
             self.update()
 
     def update(self) -> None:
-        """The optimizer's own step."""
-        raise NotImplementedError
+        """The optimizer's own step; every kind brings its own."""
+        raise NotImplementedError(f"{type(self).__name__} has no update")
 
     def create_state(self, tensor: Tensor, moments: tuple[str, ...]) -> dict[str, Any]:
         """The state of one tensor, made at zero where torch would make it at the first step.

@@ -42,8 +42,8 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("circumstances", "name", "reason"),
     [
-        (at(), "varlen", "the fastest here"),
-        (at("cpu"), "sdpa", "the fastest here"),
+        (at(), "varlen", "the first choice on a GPU"),
+        (at("cpu"), "sdpa", "the only one without a GPU"),
         (at(dtype=FULL), "flex", "computes in bf16 and fp16, not in float32"),
         (at(dropout=0.1), "sdpa", "no dropout on attention weights (0.1 here"),
         (at(width=20), "sdpa", "heads of 20 are not a multiple of 8"),
