@@ -23,11 +23,13 @@ from dstrain.base.world import World
 _BACKLOG = 512
 _KNOCK_S = 1.0
 _PAUSE_S = 0.1
+_LAST_WORD_S = 20.0
+"""How long a rank that was asked to stop still looks for rank 0, to tell it: rank 0 would wait in vain for one that is gone."""
 
 
 def open_store(
     world: World, *, join_s: float, timeout_s: int, should_leave: ShouldLeave = never,
-    environment: Mapping[str, str] | None = None,
+    last_word_s: float = _LAST_WORD_S, environment: Mapping[str, str] | None = None,
 ) -> Store:  # fmt: skip
     """The job's store; rank 0 serves it unless the launcher does, the others connect.
 
@@ -38,10 +40,12 @@ def open_store(
         join_s: longest wait for whoever serves, in seconds.
         timeout_s: longest wait of a later question to the store, in seconds.
         should_leave: asked about once a second while waiting.
+        last_word_s: how long a rank that is asked to leave still waits for whoever serves, in seconds. Those who wait for this
+            rank learn from its word in the store, and from nothing else, that they need not.
         environment: defaults to the process environment.
 
     Raises:
-        Interrupted: asked to stop while waiting.
+        Interrupted: asked to stop while waiting, and nobody listened for a while after it.
         PeerGoneError: nobody listens, with the reason.
         RuntimeError: the port is taken; as torch's own rendezvous does.
     """
@@ -51,7 +55,7 @@ def open_store(
     serves = world.is_first and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     handle = _listen(world.master_port) if serves and local else None
     if not serves:
-        _knock(address, world.master_port, join_s=join_s, should_leave=should_leave)
+        _knock(address, world.master_port, join_s=join_s, should_leave=should_leave, last_word_s=last_word_s)
     return TCPStore(
         address,
         world.master_port,
@@ -63,18 +67,22 @@ def open_store(
     )
 
 
-def _knock(address: str, port: int, *, join_s: float, should_leave: ShouldLeave) -> None:
+def _knock(address: str, port: int, *, join_s: float, should_leave: ShouldLeave, last_word_s: float) -> None:
     """Wait until somebody listens there."""
     deadline = time.monotonic() + join_s
+    asked_at: float | None = None
     while True:
         try:
             socket.create_connection((address, port), timeout=_KNOCK_S).close()
             return
         except OSError as error:
             reason = error
-        if should_leave():
+        now = time.monotonic()
+        if asked_at is None and should_leave():
+            asked_at = now
+        if asked_at is not None and now - asked_at >= last_word_s:
             raise Interrupted("asked to stop while waiting for the other ranks")
-        if time.monotonic() > deadline:
+        if now > deadline:
             raise PeerGoneError(
                 f"rank 0 did not answer at {address}:{port} within {join_s:g} s: {_meaning(reason)}"
             ) from None

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch.distributed import Store  # type: ignore[attr-defined]  # torch does not list it
@@ -28,7 +28,9 @@ _WORD, _ARRIVED, _ALARM, _VERDICT, _LEFT = (
 _POLL_S = 0.1
 _TELL_AFTER_S = 15.0
 _READ_S = 3.0
-"""How long rank 0, whose store goes with it, waits for the others to read a bad verdict."""
+"""How long rank 0, whose store goes with it, waits for those who came to read that others did not."""
+_LATE_S = 20.0
+"""How long it waits for all others to come and read any other bad verdict: who finds no store cannot know that it is over."""
 _SLACK_S = 15.0
 """How much longer than rank 0 the others wait, so that rank 0 is the one to say who is missing."""
 
@@ -70,7 +72,8 @@ class Waiting:
     should_leave: ShouldLeave = never
     expected: Sequence[str] = ()
     """Host of each rank, of `rank_hosts.expected_hosts`."""
-    poll_s: float = field(default=_POLL_S)
+    poll_s: float = _POLL_S
+    late_s: float = _LATE_S
 
 
 def call_roll(store: Store, world: World, word: Word, waiting: Waiting) -> None:
@@ -160,8 +163,10 @@ def _decide(store: Store, world: World, waiting: Waiting) -> Verdict:
             _LOG.info("after %.0f s there is no word yet of %s", waited, _missing(store, world, waiting))
         time.sleep(waiting.poll_s)
     store.set(_VERDICT, json.dumps(asdict(verdict)))
-    if verdict.kind != "go":
-        _wait_until_read(store)
+    if verdict.kind == "absent":
+        _wait_until_read(store, readers=lambda: store.add(_ARRIVED, 0) - 1, at_most_s=_READ_S)
+    elif verdict.kind != "go":
+        _wait_until_read(store, readers=lambda: world.size - 1, at_most_s=waiting.late_s)
     return verdict
 
 
@@ -221,9 +226,9 @@ def _read_verdict(store: Store, key: str) -> Verdict:
     return Verdict(str(said["kind"]), str(said["message"]), int(said["code"]), tuple(said["ranks"]))
 
 
-def _wait_until_read(store: Store) -> None:
-    deadline = time.monotonic() + _READ_S
-    while time.monotonic() < deadline and store.add(_LEFT, 0) < store.add(_ARRIVED, 0) - 1:
+def _wait_until_read(store: Store, *, readers: Callable[[], int], at_most_s: float) -> None:
+    deadline = time.monotonic() + at_most_s
+    while time.monotonic() < deadline and store.add(_LEFT, 0) < readers():
         time.sleep(_POLL_S)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -135,12 +136,8 @@ def _take_up(world: World, path: Path, overrides: list[str]) -> None:
         settings = validate(RankSettings, fields, source=str(path))
     except ConfigError:  # the whole configuration's reader says it better, at once
         return
-    try:
+    with contextlib.suppress(DstrainError):  # of this machine: said when the ranks have met, to all of them
         take_up(settings, world, os.environ)
-    except DstrainError as error:  # of this machine; its first rank says it
-        if world.local_rank:
-            raise PeerError(str(error), exit_code=error.exit_code) from None
-        raise
 
 
 def _run_evaluate(args: argparse.Namespace) -> int:

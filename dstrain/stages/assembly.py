@@ -105,14 +105,14 @@ def open_site(
         device = choose_device(engine.device)
         precision = choose_precision(engine.precision, device=device)
         own_gpu(device, world)
+        taken = take_up(engine, world, os.environ)
+        torch.set_num_threads(taken.threads)
+        if world.is_first:
+            _LOG.info("each rank has %s", describe(taken))
     except DstrainError as error:  # told to all ranks, which would wait for this one otherwise
         fault = error
     if fault is not None and world.size == 1:
         raise fault
-    taken = take_up(engine, world, os.environ)
-    torch.set_num_threads(taken.threads)
-    if world.is_first:
-        _LOG.info("each rank has %s", describe(taken))
     word = Word(
         socket.gethostname(), device, precision, own_address(world, os.environ),
         fault=str(fault or ""), code=int(fault.exit_code) if fault is not None else 0,

@@ -64,6 +64,17 @@ def test_a_stop_request_ends_the_wait_for_ranks_that_have_not_come(tmp_path: Pat
     assert [(left["code"], left["kind"]) for left in exits(tmp_path / "run")] == [(75, "request")] * 3
 
 
+def test_a_host_without_the_interface_that_is_asked_for_ends_the_start_of_all_at_once(
+    tmp_path: Path, shards: Path
+) -> None:
+    settings = pretrain_settings(shards, tmp_path / "run", start={"join_s": 600.0}, engine={"interface": "eth-none"})
+    config = write_config(tmp_path / "run.yaml", settings)
+    with pretrain_job(config, world_size=2) as job:
+        assert job.wait(60) == [78, 78]
+    assert "engine.interface: 'eth-none' does not exist on" in job.logs[0].read_text()
+    assert "Traceback" not in job.output()
+
+
 def test_the_checks_before_the_first_step_are_one_event_and_one_line(tmp_path: Path, shards: Path) -> None:
     config = write_config(tmp_path / "run.yaml", pretrain_settings(shards, tmp_path / "run", train={"max_steps": 2}))
     with pretrain_job(config, world_size=2) as job:

@@ -1,5 +1,7 @@
 import subprocess
 import sys
+import threading
+import time
 
 import psutil
 import pytest
@@ -81,4 +83,27 @@ def test_a_first_rank_that_does_not_start_is_told_from_a_name_that_is_not_known(
 def test_a_request_to_stop_ends_the_wait_for_the_first_rank():
     asked = iter([False, False, True])
     with pytest.raises(Interrupted, match="while waiting for the other ranks"):
-        open_store(second(free_port()), join_s=60, timeout_s=60, should_leave=lambda: next(asked), environment={})
+        open_store(
+            second(free_port()),
+            join_s=60,
+            timeout_s=60,
+            should_leave=lambda: next(asked),
+            last_word_s=0.2,
+            environment={},
+        )
+
+
+def test_a_rank_that_is_asked_to_stop_before_the_first_one_listens_stays_to_tell_it():
+    """Seen in continuous integration: it left in silence, and rank 0 waited for it until `start.join_s` was over."""
+    port, first = free_port(), []
+
+    def late():
+        time.sleep(0.5)
+        first.append(open_store(World(size=2, local_size=2, master_port=port), join_s=5, timeout_s=5, environment={}))
+
+    thread = threading.Thread(target=late)
+    thread.start()
+    store = open_store(second(port), join_s=60, timeout_s=60, should_leave=lambda: True, environment={})
+    thread.join()
+    store.set("word", "asked to stop")
+    assert first[0].get("word") == b"asked to stop"

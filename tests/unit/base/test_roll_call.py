@@ -1,6 +1,7 @@
 """Ranks as threads around one store: who is missing, who cannot take part, who was asked to stop, and that all hear the same."""
 
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from dstrain.base.protocols import Interrupted
 from dstrain.base.roll_call import Waiting, Word, call_roll, judge_words
 from dstrain.base.world import World
 
-QUICK = Waiting(join_s=2.0, poll_s=0.02)
+QUICK = Waiting(join_s=2.0, poll_s=0.02, late_s=0.2)
 
 
 def meet(size, words, *, waiting=None, local_size=None):
@@ -92,3 +93,23 @@ def test_a_name_that_means_loopback_is_a_fault_only_between_hosts():
     verdict = judge_words(words, on_one_host=False)
     assert (verdict.kind, verdict.code, verdict.ranks) == ("fault", 77, (1,))
     assert "the name node2 means 127.0.1.1" in verdict.message
+
+
+def test_a_rank_that_comes_after_the_request_finds_the_verdict_and_not_a_store_that_is_gone():
+    store, results = HashStore(), {}
+    waiting = replace(QUICK, join_s=60, should_leave=lambda: True, late_s=20)
+
+    def first():
+        try:
+            call_roll(store, World(rank=0, size=2, local_size=2), Word("a"), waiting)
+        except Interrupted:
+            results["first left at"] = time.monotonic()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    time.sleep(0.5)
+    came = time.monotonic()
+    with pytest.raises(Interrupted):
+        call_roll(store, World(rank=1, size=2, local_rank=1, local_size=2), Word("a"), replace(QUICK, join_s=60))
+    thread.join()
+    assert came < results["first left at"] < came + 10

@@ -189,14 +189,11 @@ def test_an_evaluation_takes_them_from_the_runs_own_configuration(tmp_path: Path
     assert os.environ["OMP_NUM_THREADS"] == "2"
 
 
-@pytest.mark.usefixtures("clean_environment", "seen")
-@pytest.mark.parametrize(("rank", "speaks"), [(0, True), (1, False), (2, True)])
-def test_an_interface_that_a_machine_lacks_is_said_once_on_each_machine(
-    rank: int, speaks: bool, run_yaml: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(rank % 2), "LOCAL_SIZE": "2"}
-    assert main(["pretrain", run_yaml, "engine.interface=nowhere0"]) == 78
-    assert ("engine.interface: 'nowhere0' does not exist on" in capsys.readouterr().err) is speaks
+@pytest.mark.usefixtures("clean_environment")
+def test_an_interface_that_a_machine_lacks_is_left_for_its_ranks_to_tell_the_others(seen: Seen, run_yaml: str) -> None:
+    """Leaving here, before the ranks have met, would let the ranks of other machines wait for this one."""
+    assert main(["pretrain", run_yaml, "engine.interface=nowhere0"]) == 0
+    assert seen.config.engine.interface == "nowhere0"
 
 
 @pytest.mark.usefixtures("clean_environment", "seen")
