@@ -148,13 +148,9 @@ def run_dstrain(job: Job, *, by_hand: bool) -> dict[str, Any]:
 
 
 def _by_engine(job: Job, config: Any, parts: Any, site: Any, steps: Iterable[tuple[int, Any]]) -> dict[str, Any]:
-    from dstrain.train.engine import Engine
+    from dstrain.stages.assembly import build_engine
 
-    engine = Engine(
-        parts.model, parts.objective, config=config.engine, optimizer=config.optimizer, control=site.control,
-        device=site.device, precision=site.precision, micro_batch=job.rows, accumulation=parts.accumulation, seed=SEED,
-        row_length=job.row_length,
-    )  # fmt: skip
+    engine = build_engine(config, site, parts)
     clock, waited = Clock(job), 0.0
     asked = time.perf_counter()
     for step, data in steps:

@@ -23,7 +23,7 @@ from typing import Any
 
 from header import ROOT, Facts
 from step import PACKAGES, bert, measure
-from step_peers import LEARNING_RATE, SEED, WEIGHT_DECAY, Job, dstrain_config, prepare
+from step_peers import LEARNING_RATE, WEIGHT_DECAY, Job, dstrain_config, prepare
 
 WARMUP_SHARE = 0.06
 
@@ -37,18 +37,13 @@ def run_dstrain(job: Job) -> dict[str, Any]:
     config = dstrain_config(job, world.size)
     choose_device("cpu")
     from dstrain.data.prefetch import Prefetcher
-    from dstrain.stages.assembly import open_site
+    from dstrain.stages.assembly import build_engine, open_site
     from dstrain.stages.pretrain import assemble
-    from dstrain.train.engine import Engine
 
     goal, every, warmup = job.options["goal"]["loss"], job.options["goal"]["every"], job.options["goal"]["warmup"]
     with open_site(config.engine, config.start, world) as site:
         parts = assemble(config, site)
-        engine = Engine(
-            parts.model, parts.objective, config=config.engine, optimizer=config.optimizer, control=site.control,
-            device=site.device, precision=site.precision, micro_batch=job.rows, accumulation=parts.accumulation, seed=SEED,
-            row_length=job.row_length,
-        )  # fmt: skip
+        engine = build_engine(config, site, parts)
         assert parts.evaluate is not None
         seconds, points = 0.0, []
         with Prefetcher(parts.loader, first_step=0, last_step=job.steps, depth=2) as steps:

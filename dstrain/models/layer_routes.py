@@ -91,6 +91,13 @@ class LayerRoutes:
         if self._layers is not None:
             self._kept = kept_layers(self._layers, seed=self._seed, step=step, num_layers=len(self._kept))
 
+    def layer_shares(self, step: int) -> list[float]:
+        """Of each layer, the share of a segment's tokens that it sees at a step; 0 for a layer that is left out."""
+        number = len(self._kept)
+        kept = kept_layers(self._layers, seed=self._seed, step=step, num_layers=number) if self._layers else self._kept
+        share = share_at(self._tokens, step) if self._tokens is not None else 1.0
+        return [0.0 if chance is None else share if layer in self._middle else 1.0 for layer, chance in enumerate(kept)]
+
     def _see(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         self._batch, self._chosen = args[0], None
 

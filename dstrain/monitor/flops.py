@@ -31,7 +31,41 @@ class ModelShape:
     """Whether the feed-forward part has three matrices (GLU) instead of two."""
 
 
-def flops_per_token(shape: ModelShape, *, mean_context: float, scored_share: float) -> float:
+@dataclass(frozen=True)
+class Passage:
+    """A token's way through the layers, on average, at some step."""
+
+    layer_share: float = 1.0
+    """Of the layers, those that it really goes through: below 1 with token or layer dropping."""
+    mean_context: float = 0.0
+    """Tokens it attends to in these; 0 leaves attention out of the count."""
+
+
+@dataclass
+class PassageSum:
+    """Averages passages over tokens."""
+
+    tokens: int = 0
+    layer_tokens: float = 0.0
+    """Tokens times the share of the layers that they went through."""
+    attended: float = 0.0
+    """And times what they attended to there."""
+
+    def add(self, tokens: int, passage: Passage) -> None:
+        """Count tokens that went this way."""
+        self.tokens += tokens
+        self.layer_tokens += tokens * passage.layer_share
+        self.attended += tokens * passage.layer_share * passage.mean_context
+
+    @property
+    def mean(self) -> Passage:
+        """Of a token."""
+        if not self.layer_tokens:
+            return Passage(0.0, 0.0)
+        return Passage(self.layer_tokens / self.tokens, self.attended / self.layer_tokens)
+
+
+def flops_per_token(shape: ModelShape, *, mean_context: float, scored_share: float, layer_share: float = 1.0) -> float:
     """Floating point operations of forward and backward for one real token.
 
     Args:
@@ -39,13 +73,15 @@ def flops_per_token(shape: ModelShape, *, mean_context: float, scored_share: flo
         mean_context: tokens a token attends to, averaged over tokens and layers: the sum of squared document lengths
             over the sum of lengths, or the window where a layer has one.
         scored_share: scored targets per real token (the mask rate, or examples per token); the head runs only there.
+        layer_share: of the layers, those that a token goes through.
 
     Returns:
         FLOP (not GFLOP); a multiply-add is two. BERT-base at 512 tokens and 15 % masking: 0.588e9.
     """
     matrices = 3 if shape.gated else 2
-    body = 6 * shape.layers * (4 * shape.hidden**2 + matrices * shape.hidden * shape.intermediate)
-    attention = 12 * shape.layers * shape.hidden * mean_context
+    layers = shape.layers * layer_share
+    body = 6 * layers * (4 * shape.hidden**2 + matrices * shape.hidden * shape.intermediate)
+    attention = 12 * layers * shape.hidden * mean_context
     head = 6 * scored_share * (shape.hidden**2 + shape.hidden * shape.vocab)
     return body + attention + head
 

@@ -20,7 +20,14 @@ from dstrain.base.protocols import RunState, StepReport
 from dstrain.base.world import World
 from dstrain.monitor.config import MonitorConfig
 from dstrain.monitor.events import EventLog
-from dstrain.monitor.flops import ModelShape, flops_per_token, known_peak_tflops, model_flops_utilisation
+from dstrain.monitor.flops import (
+    ModelShape,
+    Passage,
+    PassageSum,
+    flops_per_token,
+    known_peak_tflops,
+    model_flops_utilisation,
+)
 from dstrain.monitor.goodput import Goodput
 from dstrain.monitor.goodput_meter import GoodputMeter
 from dstrain.monitor.histogram import Histogram
@@ -48,13 +55,15 @@ class _Window:
     tokens: int = 0
     targets: int = 0
     padded_tokens: int = 0
+    passage: PassageSum = field(default_factory=PassageSum)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def add(self, report: StepReport) -> None:
+    def add(self, report: StepReport, passage: Passage) -> None:
         self.steps += 1
         self.tokens += report.num_tokens
         self.targets += report.num_targets
         self.padded_tokens += report.padded_tokens
+        self.passage.add(report.num_tokens, passage)
         for part, seconds in report.seconds.items():
             self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
@@ -102,7 +111,7 @@ class Monitor:
         shape: the model's sizes for the utilisation curve, or None for none.
         device_name: as torch.cuda.get_device_name says, or "cpu".
         num_devices: devices of the whole job.
-        mean_context: tokens a token attends to, on average (see `flops.flops_per_token`); 0 leaves attention out.
+        passage: of a token through the layers at a step, for the utilisation curve.
         config_text: the resolved configuration, for TensorBoard's text page.
         settings: of the run, for TensorBoard's page of hyper-parameters.
         goodput: measures where wall time goes; one that was started earlier knows more of the start. None makes one.
@@ -119,7 +128,7 @@ class Monitor:
         shape: ModelShape | None,
         device_name: str,
         num_devices: int,
-        mean_context: float = 0.0,
+        passage: Callable[[int], Passage] = lambda _: Passage(),
         config_text: str = "",
         settings: Sequence[Setting] = (),
         goodput: GoodputMeter | None = None,
@@ -128,7 +137,7 @@ class Monitor:
         self._active = world.is_first
         self._max_steps = max_steps
         self._shape = shape
-        self._mean_context = mean_context
+        self._passage = passage
         self._num_devices = num_devices
         self._peak_tflops = config.peak_tflops or known_peak_tflops(device_name)
         self._window, self._whole = _Window(), _Window()
@@ -167,8 +176,9 @@ class Monitor:
         if not self._active:
             return
         self.goodput.step(report)
-        self._window.add(report)
-        self._whole.add(report)
+        passage = self._passage(report.step - 1)
+        self._window.add(report, passage)
+        self._whole.add(report, passage)
         if not report.applied:
             self.event("step_skipped", step=report.step, loss=report.loss, gradient_norm=report.gradient_norm)
         due = report.step % self._config.log_every == 0 or report.step in (1, self._max_steps)
@@ -335,10 +345,14 @@ class Monitor:
     def _utilisation(self, window: _Window, tokens_per_second: float) -> dict[str, float]:
         if self._shape is None or self._peak_tflops is None:
             return {}
+        passage = window.passage.mean
         mfu = model_flops_utilisation(
             tokens_per_second=tokens_per_second,
             flops_per_token=flops_per_token(
-                self._shape, mean_context=self._mean_context, scored_share=window.scored_share
+                self._shape,
+                mean_context=passage.mean_context,
+                scored_share=window.scored_share,
+                layer_share=passage.layer_share,
             ),
             peak_tflops=self._peak_tflops,
             num_devices=self._num_devices,

@@ -21,6 +21,7 @@ from dstrain.base.device import Precision, choose_device, choose_precision, devi
 from dstrain.base.errors import ConfigError, DstrainError
 from dstrain.base.storage import read_json, write_json
 from dstrain.models.anatomy import Anatomy
+from dstrain.monitor.flops import Passage
 from dstrain.planner.calibration import calibrated_device, device_of
 from dstrain.planner.devices import Device, find_device
 from dstrain.planner.probe import Clock, Measured, measure_attention, measure_bandwidth, measure_products
@@ -188,17 +189,28 @@ def _measurement(
 ) -> Measurement:
     tokens, seconds = answer["tokens"], answer["seconds"]
     batch = Batch(tokens=tokens, scored=answer["scored"], context=min(answer["mean_context"], work.sequence_length))
-    ceiling = sum(micro_batch_seconds(anatomy, batch, limit, precision=precision, stack=CEILING))
+    useful = useful_flops(anatomy, batch, Passage(**answer["passage"]))
+    # What a switch leaves out of the layers is not in the ceilings: their time counts for the arithmetic that is left.
+    left = useful / useful_flops(anatomy, batch)
+    ceiling = left * sum(micro_batch_seconds(anatomy, batch, limit, precision=precision, stack=CEILING))
     return Measurement(
         variant=variant, tokens_per_second=tokens / seconds,
-        mfu=useful_flops(anatomy, batch) / seconds / limit.peak_flops, of_roofline=ceiling / seconds,
+        mfu=useful / seconds / limit.peak_flops, of_roofline=ceiling / seconds,
         peak_bytes=answer["peak_bytes"], last_loss=answer["losses"][-1],
     )  # fmt: skip
 
 
-def useful_flops(anatomy: Anatomy, batch: Batch) -> float:
-    """Forward and backward, real tokens only, the head where something is scored: FLOP."""
-    body = anatomy.layers * sum(6 * p.weights for p in anatomy.layer_products) * batch.tokens
-    attention = 12 * anatomy.layers * anatomy.hidden * anatomy.mean_context(batch.context) * batch.tokens
+def useful_flops(anatomy: Anatomy, batch: Batch, passage: Passage | None = None) -> float:
+    """Forward and backward, real tokens only, the head where something is scored: FLOP.
+
+    Args:
+        anatomy: of the model.
+        batch: tokens, targets, context.
+        passage: of a token through the layers, with what was left out. Default: through all of them.
+    """
+    passage = passage or Passage(1.0, anatomy.mean_context(batch.context))
+    visits = anatomy.layers * passage.layer_share * batch.tokens
+    body = visits * sum(6 * p.weights for p in anatomy.layer_products)
+    attention = 12 * visits * anatomy.hidden * passage.mean_context
     head = sum(6 * p.weights for p in anatomy.head_products) * batch.scored
     return float(body + attention + head)

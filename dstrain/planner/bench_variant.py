@@ -22,6 +22,7 @@ from dstrain.base.errors import DstrainError
 from dstrain.base.protocols import IGNORED_LABEL, LossParts, MicroBatch, StepData
 from dstrain.base.storage import read_json, write_json
 from dstrain.base.world import World
+from dstrain.monitor.flops import PassageSum
 from dstrain.objectives.linear_cross_entropy import score_logits
 from dstrain.planner.variants import Job
 from dstrain.stages.config import PretrainConfig
@@ -62,13 +63,12 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def _timed_steps(job: Job, config: PretrainConfig, parts: Assembly, site: Site) -> dict[str, Any]:
-    from dstrain.train.engine import Engine  # noqa: PLC0415
+    from dstrain.models.huggingface import anatomy  # noqa: PLC0415
+    from dstrain.stages.assembly import build_engine  # noqa: PLC0415
+    from dstrain.stages.passage import passage_of  # noqa: PLC0415
 
-    engine = Engine(
-        parts.model, parts.objective, config=config.engine, optimizer=config.optimizer, control=site.control,
-        device=site.device, precision=site.precision, micro_batch=config.train.micro_batch, accumulation=parts.accumulation,
-        seed=config.seed, row_length=parts.row_length, raw=config.deepspeed.values(),
-    )  # fmt: skip
+    engine = build_engine(config, site, parts)
+    passage, passed = passage_of(parts, anatomy(parts.model)), PassageSum()
     tokens, scored, losses = 0, 0, []
     started = begun = time.perf_counter()
     for step in range(job.warmup + job.steps):
@@ -82,12 +82,14 @@ def _timed_steps(job: Job, config: PretrainConfig, parts: Assembly, site: Site) 
         losses.append(totals.loss)
         if step >= job.warmup:
             tokens, scored = tokens + totals.num_tokens, scored + totals.num_targets
+            passed.add(totals.num_tokens, passage(step))
     _wait(site.device)
     seconds = time.perf_counter() - begun
     return {
         "tokens": tokens, "scored": scored, "seconds": seconds, "start_s": begun - started, "losses": losses,
         "peak_bytes": _peak_bytes(site.device), "device": site.device, "precision": site.precision, "notes": list(parts.notes),
         "compiling": engine.compiling.reason, "mean_context": parts.mean_context,
+        "passage": dataclasses.asdict(passed.mean),
     }  # fmt: skip
 
 

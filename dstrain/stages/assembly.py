@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from dstrain.base.seeds import derive
 from dstrain.base.world import World
 from dstrain.health.start_config import StartConfig
 from dstrain.launcher.rank_environment import describe, take_up
+from dstrain.models.huggingface import anatomy
 from dstrain.stages.config import FinetuneConfig, PretrainConfig
 from dstrain.train.ds_config import EngineConfig
 from dstrain.train.engine import Engine, own_gpu, start_processes, stop_processes
@@ -74,10 +75,12 @@ class Assembly:
     """What `finish` leaves in the run folder: while it is missing, a run at its last step is not complete."""
     at_step: Callable[[int], None] | None = None
     """Told of every training step, before its forwards."""
+    layer_shares: Callable[[int], Sequence[float]] | None = None
+    """Of each layer, the share of the tokens that it sees at a step; None when all see all."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Kept in the manifest."""
     mean_context: float = 0.0
-    """Tokens a token attends to on average, for FLOP counts."""
+    """Tokens a token attends to on average where a layer sees whole documents, for FLOP counts."""
     notes: tuple[str, ...] = ()
     """Lines printed at the start."""
 
@@ -123,6 +126,21 @@ def open_site(
         yield Site(world, control, device, precision)
     finally:
         stop_processes(world)
+
+
+def build_engine(config: AnyConfig, site: Site, parts: Assembly) -> Engine:
+    """Collective. The engine that trains and scores an assembly, with what the stage leaves out of training steps.
+
+    Raises:
+        ConfigError: settings that do not go together.
+    """
+    engine = Engine(
+        parts.model, parts.objective, config=config.engine, optimizer=config.optimizer, control=site.control,
+        device=site.device, precision=site.precision, micro_batch=config.train.micro_batch, accumulation=parts.accumulation,
+        seed=config.seed, row_length=parts.row_length, raw=config.deepspeed.values(), anatomy=anatomy(parts.model),
+    )  # fmt: skip
+    engine.at_step = parts.at_step
+    return engine
 
 
 def seed_weights(seed: int) -> None:

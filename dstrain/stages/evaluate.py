@@ -11,11 +11,10 @@ from dstrain.base.peer_loss import peer_loss_named
 from dstrain.base.world import World
 from dstrain.checkpoint.manifest import MASTER
 from dstrain.stages import finetune, pretrain
-from dstrain.stages.assembly import open_site
+from dstrain.stages.assembly import build_engine, open_site
 from dstrain.stages.averaging import average_of
 from dstrain.stages.config import FinetuneConfig, PretrainConfig
 from dstrain.stages.initial import best_checkpoint
-from dstrain.train.engine import Engine
 
 
 def evaluate(
@@ -48,11 +47,7 @@ def evaluate(
             parts = site.control.together(lambda: finetune.assemble(finetuning, site))
         if parts.evaluate is None:
             raise ConfigError(f"{config.run_folder}: a {stage} run without held-out data cannot be evaluated")
-        engine = Engine(
-            parts.model, parts.objective, config=config.engine, optimizer=config.optimizer, control=site.control,
-            device=site.device, precision=site.precision, micro_batch=config.train.micro_batch,
-            accumulation=parts.accumulation, seed=config.seed, row_length=parts.row_length, raw=config.deepspeed.values(),
-        )  # fmt: skip
+        engine = build_engine(config, site, parts)
         fragments = engine.fragments
         if mean:
             fragments.fill_masters(mean.weights)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -53,12 +53,13 @@ def assemble(config: PretrainConfig, site: Site) -> Assembly:
     data = open_training_data(config, site.world, should_leave=site.should_leave)
     model = build_model(config, data.tokenizer)
     compiling = choose_compiling(config.engine, device=site.device, unpadded=model.attention == "unpadded")
-    at_step = _routes(config, model, few_shapes=compiling.enabled)  # tries the model out here, on the CPU
+    routes = _routes(config, model, few_shapes=compiling.enabled)  # tries the model out here, on the CPU
     kernel = choose_attention_kernel(model, config.model.attention_kernel, device=site.device, precision=site.precision)
     return Assembly(
         stage="pretrain",
         model=model,
-        at_step=at_step,
+        at_step=routes.begin if routes else None,
+        layer_shares=routes.layer_shares if routes else None,
         objective=MlmObjective(compiled=compiling.enabled),
         loader=data.loader,
         max_steps=config.train.max_steps,
@@ -77,14 +78,13 @@ def assemble(config: PretrainConfig, site: Site) -> Assembly:
 
 def _routes(
     config: PretrainConfig, model: MaskedLanguageModel | DstrainMaskedLanguageModel, *, few_shapes: bool
-) -> Callable[[int], None] | None:  # fmt: skip
+) -> LayerRoutes | None:  # fmt: skip
     """What training steps leave out of the model, if anything."""
     if config.token_dropping is None and config.layer_dropping is None:
         return None
-    routes = LayerRoutes(
+    return LayerRoutes(
         model, tokens=config.token_dropping, layers=config.layer_dropping, seed=config.seed, few_shapes=few_shapes
     )
-    return routes.begin
 
 
 def _notes(config: PretrainConfig, data: TrainingData) -> Iterator[str]:

@@ -31,12 +31,13 @@ from dstrain.health.guards import Guards, Verdict
 from dstrain.models.huggingface import anatomy, architecture_of, facts
 from dstrain.monitor.flops import ModelShape
 from dstrain.monitor.monitor import Monitor
-from dstrain.stages.assembly import AnyConfig, Assembly, Site
+from dstrain.stages.assembly import AnyConfig, Assembly, Site, build_engine
 from dstrain.stages.cross_checks import CrossChecks, tell_mixed_devices
 from dstrain.stages.environment import describe_environment, package_versions
 from dstrain.stages.hyperparameters import hyperparameters
 from dstrain.stages.learning_rate import learning_rate_of
 from dstrain.stages.oversight import Oversight
+from dstrain.stages.passage import passage_of
 from dstrain.stages.roll_back import Window, go_back, read_windows, windows_missing
 from dstrain.stages.sanity import check_start
 from dstrain.stages.saving import Contents, Saving
@@ -232,13 +233,7 @@ class Run:
         inner: nn.Module = parts.model.model  # type: ignore[assignment]
         self.aliases = tied_names(inner)
         initial = {name: p.detach().clone() for name, p in inner.named_parameters()}
-        self.engine = Engine(
-            parts.model, parts.objective, config=config.engine, optimizer=config.optimizer, control=self.site.control,
-            device=self.site.device, precision=self.site.precision, micro_batch=config.train.micro_batch,
-            accumulation=parts.accumulation, seed=config.seed, row_length=parts.row_length, raw=config.deepspeed.values(),
-            anatomy=anatomy(parts.model),
-        )  # fmt: skip
-        self.engine.at_step = parts.at_step
+        self.engine = build_engine(config, self.site, parts)
         self.fragments = self.engine.fragments
         if self.resumed_from is None and self.site.precision != "fp32":
             self.fragments.fill_masters(initial)
@@ -285,7 +280,7 @@ class Run:
             shape=shape if about.num_layers and about.hidden_size else None,
             device_name=device_name(self.site.device) if self.site.device == "cuda" else "cpu",
             num_devices=self.site.world.size,
-            mean_context=self.parts.mean_context,
+            passage=passage_of(self.parts, anatomy(self.parts.model)),
             config_text=self.config_yaml,
             settings=hyperparameters(self.config, self.site, self.parts, num_parameters=about.num_parameters),
             goodput=self.guard.goodput,

@@ -76,6 +76,19 @@ def test_middle_layers_see_half_the_tokens_and_the_others_pass_by_unchanged(fami
     assert not torch.equal(*passed), "every layer draws anew"
 
 
+@pytest.mark.parametrize("step", [0, 60, 100, 400])
+def test_the_shares_that_are_told_of_a_step_are_those_that_layers_see(step: int) -> None:
+    dropping = LayerDroppingConfig(last_keep=0.3, gamma=1.0)
+    model, routes = routed("modernbert", tokens=TOKENS, layers=dropping)
+    watch = Watch(model)
+    told = routes.layer_shares(step)  # before the step begins, as well as after
+    routes.begin(step)
+    assert routes.layer_shares(step) == told
+    model.train()(packed(documents((400, 400))))
+    seen = [watch.sizes.get(number, [0])[0] / 800 for number in range(4)]
+    assert told == pytest.approx(seen, abs=2 / 800), "but for rounding up to whole tokens"
+
+
 @pytest.mark.parametrize("family", ROUTABLE)
 def test_packing_does_not_matter(family: str) -> None:
     """No token sees another segment, and the same tokens stay whatever lies beside them."""

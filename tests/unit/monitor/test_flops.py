@@ -1,6 +1,13 @@
 import pytest
 
-from dstrain.monitor.flops import ModelShape, flops_per_token, known_peak_tflops, model_flops_utilisation
+from dstrain.monitor.flops import (
+    ModelShape,
+    Passage,
+    PassageSum,
+    flops_per_token,
+    known_peak_tflops,
+    model_flops_utilisation,
+)
 
 BERT_BASE = ModelShape(layers=12, hidden=768, intermediate=3072, vocab=30522)
 BERT_LARGE = ModelShape(layers=24, hidden=1024, intermediate=4096, vocab=30522)
@@ -34,6 +41,23 @@ def test_a_dense_head_costs_more_than_a_sparse_one_by_exactly_the_unscored_share
     dense = flops_per_token(BERT_BASE, mean_context=128, scored_share=1.0)
     sparse = flops_per_token(BERT_BASE, mean_context=128, scored_share=0.15)
     assert dense - sparse == pytest.approx(6 * 0.85 * (768**2 + 768 * 30522))
+
+
+def test_layers_that_a_token_passes_by_are_not_counted_and_the_head_is():
+    def flops(**left):
+        return flops_per_token(BERT_BASE, mean_context=128, scored_share=0.15, **left)
+
+    whole, head = flops(), flops(layer_share=0.0)
+    assert head == pytest.approx(6 * 0.15 * (768**2 + 768 * 30522))
+    assert flops(layer_share=0.25) - head == pytest.approx((whole - head) / 4)
+
+
+def test_passages_are_averaged_over_tokens_and_contexts_over_what_was_gone_through():
+    total = PassageSum()
+    total.add(300, Passage(1.0, 100.0))
+    total.add(100, Passage(0.5, 40.0))
+    assert total.mean == Passage(350 / 400, (300 * 100 + 50 * 40) / 350)
+    assert PassageSum().mean == Passage(0.0, 0.0)
 
 
 def test_utilisation_of_the_published_modernbert_run():

@@ -11,7 +11,7 @@ from dstrain.base.world import World
 from dstrain.health.stragglers import balance
 from dstrain.monitor.config import MonitorConfig
 from dstrain.monitor.events import current_curve, read_events
-from dstrain.monitor.flops import ModelShape
+from dstrain.monitor.flops import ModelShape, Passage, flops_per_token
 from dstrain.monitor.goodput import BUCKETS
 from dstrain.monitor.histogram import EMPTY, histogram_of
 from dstrain.monitor.monitor import Monitor, ledger_curves
@@ -23,7 +23,17 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExc
 SHAPE = ModelShape(layers=2, hidden=64, intermediate=256, vocab=1000)
 
 
-def monitor(folder, *, world=None, max_steps=25, start_step=0, shape=None, device_name="cpu", **config):
+def monitor(
+    folder,
+    *,
+    world=None,
+    max_steps=25,
+    start_step=0,
+    shape=None,
+    device_name="cpu",
+    passage=lambda _: Passage(),
+    **config,
+):
     return Monitor(
         MonitorConfig(**{"log_every": 10, "tensorboard": False, **config}),
         run_folder=folder,
@@ -32,6 +42,7 @@ def monitor(folder, *, world=None, max_steps=25, start_step=0, shape=None, devic
         start_step=start_step,
         shape=shape,
         device_name=device_name,
+        passage=passage,
         num_devices=2,
         config_text="seed: 1",
     )
@@ -119,6 +130,22 @@ def test_utilisation_needs_a_shape_and_a_known_peak(tmp_path):
     assert events(tmp_path / "a", "step")[0]["mfu"] > 0
     assert "mfu" not in events(tmp_path / "b", "step")[0]
     assert "mfu" not in events(tmp_path / "c", "step")[0]
+
+
+def test_utilisation_counts_what_the_layers_did_in_each_step(tmp_path):
+    asked = []
+
+    def half_at_first(step):
+        asked.append(step)
+        return Passage(0.5 if step < 10 else 1.0, 30.0)
+
+    for folder, passage in [("a", half_at_first), ("b", lambda _: Passage(1.0, 30.0))]:
+        run(monitor(tmp_path / folder, shape=SHAPE, device_name="NVIDIA H200", passage=passage), range(2, 21))
+    assert asked == list(range(1, 20)), "steps done before each step"
+    dropping, whole = ([e["mfu"] for e in events(tmp_path / f, "step")] for f in "ab")
+    flops = [flops_per_token(SHAPE, mean_context=30.0, scored_share=0.15, layer_share=s) for s in (0.5, 1.0)]
+    assert dropping[0] / whole[0] == pytest.approx(flops[0] / flops[1])
+    assert dropping[1] == whole[1]
 
 
 def test_a_peak_in_the_configuration_wins_over_the_table(tmp_path):
