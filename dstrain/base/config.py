@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from dstrain.base.errors import ConfigError
+from dstrain.base.text_encoding import conversion_advice
 
 
 class Config(BaseModel):
@@ -166,20 +167,29 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
+        text = data.decode("utf-8-sig")  # editors on Windows put a byte order mark in front
+    except IsADirectoryError:
+        held = sorted(p.name for p in path.glob("*.yaml"))
+        hint = f"one of its files: {', '.join(held[:5])}" if held else "a YAML file"
+        raise ConfigError(f"{path}: is a folder, not a configuration file. Give {hint}") from None
     except FileNotFoundError:
         # Stems, because equal endings would make any two names look alike.
         near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], n=3)
         hint = f" Did you mean {', '.join(str(path.parent / f'{n}.yaml') for n in near)}?" if near else ""
         raise ConfigError(f"{path}: no such configuration file.{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a UTF-8 configuration file: {error}") from None
-    data = parse_yaml(text, source=str(path))
-    if data is None:
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}. {conversion_advice(data)}"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    found = parse_yaml(text, source=str(path))
+    if found is None:
         return {}
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: a configuration is a mapping of keys, found {type(data).__name__}")
-    return data
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: a configuration is a mapping of keys, found {type(found).__name__}")
+    return found
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from dstrain.base.errors import DataError, StorageError
+from dstrain.base.errors import DataError, ExitCode, StorageError
 from dstrain.base.file_operations import FileOperations, operations
 from dstrain.base.file_operations import operations_replaced as operations_replaced
 
@@ -39,9 +39,15 @@ _REASONS = {
     errno.EIO: "the device reports an input/output error: look at the kernel log, or choose another disk",
     errno.ESTALE: "the network file system lost its handle (ESTALE): mount it again, or start again",
     errno.EFBIG: "the file would be larger than is allowed here: raise `ulimit -f`, or choose another file system",
+    errno.ENOTDIR: "a part of this path is a file: choose another folder",
+    errno.ENAMETOOLONG: "the name is too long for this file system: choose a shorter one",
     errno.EEXIST: "the name is taken already (File exists): choose another folder",
     errno.ENOTEMPTY: "the name is taken already by a folder with content: choose another folder",
 }
+
+
+_WRONG_NAMES = frozenset({errno.ENOTDIR, errno.ENAMETOOLONG, errno.EEXIST})
+"""The name is at fault, not the disk: the same command fails again."""
 
 
 class NotDurableError(StorageError):
@@ -450,4 +456,7 @@ def _remove_quietly(path: Path) -> None:
 
 
 def _storage_error(path: Path, error: OSError) -> StorageError:
-    return StorageError(f"{path}: cannot be written: {_REASONS.get(error.errno or 0, str(error))}")
+    fault = StorageError(f"{path}: cannot be written: {_REASONS.get(error.errno or 0, str(error))}")
+    if error.errno in _WRONG_NAMES:
+        fault.exit_code = ExitCode.BAD_INPUT
+    return fault

@@ -17,6 +17,7 @@ from typing import IO, Any
 import zstandard
 
 from dstrain.base.errors import DataError
+from dstrain.base.text_encoding import conversion_advice
 from dstrain.corpus.sources import CorpusConfig, Document, Format, OnBytes, Source, file_format
 
 
@@ -160,7 +161,7 @@ def _lines(source: Source, stream: IO[bytes], config: CorpusConfig) -> Iterator[
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{source.name}:{number}: not UTF-8: byte 0x{line[error.start]:02x} at offset {offset + error.start} "
-                f"of the text ({error.reason}). Convert the file, e.g. `iconv -f WINDOWS-1252 -t UTF-8`"
+                f"of the text ({error.reason}). {conversion_advice(line)}"
             ) from None
         offset += len(line)
         yield number, text.removeprefix("\ufeff") if number == 1 else text

@@ -115,8 +115,25 @@ def test_a_list_at_the_top_is_no_configuration(tmp_path):
 def test_bytes_that_are_not_utf8_are_refused(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_bytes(b"path: \xff\xfe")
-    with pytest.raises(ConfigError, match=r"run\.yaml: cannot be read as a UTF-8"):
+    with pytest.raises(ConfigError, match=r"run\.yaml: not UTF-8: byte 0xff at offset 6.*iconv"):
         load_config(Run, file)
+    file.write_bytes("path: a".encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"run\.yaml: not UTF-8.*iconv -f UTF-16"):
+        load_config(Run, file)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_bytes(b"\xef\xbb\xbfpath: a")
+    assert load_config(Run, file).path == Path("a")
+
+
+def test_a_folder_in_place_of_a_file_names_what_it_holds(tmp_path):
+    with pytest.raises(ConfigError, match="is a folder, not a configuration file. Give a YAML file"):
+        load_config(Run, tmp_path)
+    (tmp_path / "bert-base.yaml").write_text("path: a")
+    with pytest.raises(ConfigError, match=r"is a folder.*Give one of its files: bert-base\.yaml"):
+        load_config(Run, tmp_path)
 
 
 def test_a_missing_file_suggests_its_neighbours(tmp_path):

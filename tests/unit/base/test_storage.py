@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dstrain.base import storage
-from dstrain.base.errors import DataError, StorageError
+from dstrain.base.errors import DataError, ExitCode, StorageError
 from dstrain.base.file_operations import FileOperations
 from dstrain.base.storage import NewFile
 
@@ -191,6 +191,17 @@ def test_a_view_of_wide_items_is_written_whole(tmp_path):
 def test_writing_into_a_missing_folder_is_a_storage_fault(tmp_path):
     with pytest.raises(StorageError, match="cannot be written"):
         storage.write_bytes(tmp_path / "none" / "x", b"")
+
+
+@pytest.mark.parametrize(
+    ("name", "mend"), [("file/x", "a part of this path is a file"), ("n" * 300, "choose a shorter one")]
+)
+def test_a_wrong_name_is_no_passing_fault(name, mend, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=mend) as caught:
+        storage.make_directory(tmp_path / name)
+    assert caught.value.exit_code == ExitCode.BAD_INPUT
+    assert StorageError.exit_code == ExitCode.RETRY_HERE
 
 
 def test_permission_denied_names_the_mend(tmp_path, monkeypatch):

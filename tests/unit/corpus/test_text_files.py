@@ -71,6 +71,12 @@ def test_a_line_that_is_not_utf8_is_named_by_line_and_offset(tmp_path):
     refused(path, rf"c\.jsonl:2: not UTF-8: byte 0xe9 at offset {len(good) + 13} .*iconv")
 
 
+def test_utf16_is_named_as_what_it_is(tmp_path):
+    path = tmp_path / "c.txt"
+    path.write_bytes("fine\n".encode("utf-16"))
+    refused(path, r"c\.txt:1: not UTF-8: .*iconv -f UTF-16 -t UTF-8")
+
+
 def test_bad_table_rows_are_named(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("id,text\n1,fine\n2\n")
