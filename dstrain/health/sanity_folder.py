@@ -7,8 +7,6 @@ entry caching"). One rank of each host looks. Judging is pure.
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
 import time
 import uuid
@@ -18,6 +16,7 @@ from pathlib import Path
 
 from dstrain.base.control import ControlPlane
 from dstrain.base.errors import ExitCode, StorageError
+from dstrain.base.mounts import Mount, mount_of
 from dstrain.base.storage import make_directory
 from dstrain.health.sanity_findings import Finding, about
 
@@ -25,20 +24,6 @@ PREFIX = ".start-check-"
 _PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.0
 _LOCAL = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "overlay", "tmpfs", "ramfs", "vfat"})
-
-
-@dataclass(frozen=True)
-class Mount:
-    """What a folder lies on."""
-
-    kind: str
-    """File system, as the kernel calls it: ext4, nfs4, lustre, ..."""
-    source: str
-    """Device or server."""
-    point: str
-
-    def __str__(self) -> str:
-        return f"{self.kind} from {self.source} at {self.point}"
 
 
 @dataclass(frozen=True)
@@ -124,27 +109,6 @@ def judge_folder(looks: Sequence[Look | None], hosts: Sequence[str], *, folder: 
     return Finding("shared folder", "failed", text, fix, ranks=blind, hosts=where)
 
 
-def mount_of(folder: Path, mounts: str) -> Mount:
-    """What a folder lies on.
-
-    Args:
-        folder: absolute, without links.
-        mounts: the text of /proc/self/mountinfo (`proc(5)`).
-    """
-    best = Mount("unknown", "unknown", "/")
-    longest = -1
-    for line in mounts.splitlines():
-        left, dash, right = line.partition(" - ")
-        fields, after = left.split(), right.split()
-        if not dash or len(fields) < 5 or len(after) < 2:
-            continue
-        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4])  # blanks are written \\040
-        inside = folder == Path(point) or Path(point) in folder.parents
-        if inside and len(point) >= longest:  # the last of equal ones hides those before
-            best, longest = Mount(after[0], after[1], point), len(point)
-    return best
-
-
 def _begin(place: Path, token: str) -> None:
     make_directory(place)
     try:
@@ -155,7 +119,7 @@ def _begin(place: Path, token: str) -> None:
 
 def _look(folder: Path, place: Path, token: str, *, rank: int, patience_s: float) -> Look:
     started = time.monotonic()
-    mount = _mount_here(folder)
+    mount = mount_of(folder)
     pause = _PAUSE_S
     while not _reads(place / "0", token):
         if time.monotonic() - started >= patience_s:
@@ -197,11 +161,3 @@ def _refresh(folder: Path, name: str) -> None:
         (folder / name).unlink()
     except OSError:
         return
-
-
-def _mount_here(folder: Path) -> Mount:
-    try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
-            return mount_of(Path(os.path.realpath(folder)), file.read())
-    except OSError:
-        return Mount("unknown", "unknown", "/")

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dstrain.base.errors import ConfigError, MachineError
+from dstrain.base.mounts import mount_of
 
 _IN_MEMORY = frozenset({"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"})
 
@@ -89,39 +90,19 @@ def check_shared(folder: Path, *, hosts: int, mounts: str | None = None) -> None
     Args:
         folder: the run folder, which may not exist yet.
         hosts: of the job, this machine counting only when it takes part.
-        mounts: text of /proc/self/mounts.
+        mounts: text of /proc/self/mountinfo; default: this machine's.
 
     Raises:
         ConfigError: naming the folder and its file system.
     """
     if hosts < 2:
         return
-    kind, place = file_system(folder, mounts=mounts)
-    if kind in _IN_MEMORY:
+    mount = mount_of(folder, mounts=mounts)
+    if mount.kind in _IN_MEMORY:
         raise ConfigError(
-            f"run_folder {folder}: {place} is {kind}, memory of this machine that the other {hosts - 1} do not see: "
+            f"run_folder {folder}: {mount.point} is {mount.kind}, memory of this machine that the other {hosts - 1} do not see: "
             "put it on the file system that all nodes share"
         )
-
-
-def file_system(folder: Path, *, mounts: str | None = None) -> tuple[str, str]:
-    """Type and mount point of what a folder is on.
-
-    Args:
-        folder: may not exist yet.
-        mounts: text of /proc/self/mounts; default: this machine's.
-    """
-    text = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace") if mounts is None else mounts
-    real = Path(os.path.realpath(folder))
-    found = ("unknown", "/")
-    for line in text.splitlines():
-        fields = line.split(" ")
-        if len(fields) < 3:
-            continue
-        place = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[1])  # blanks are written \040
-        if real.is_relative_to(place) and len(place) >= len(found[1]):  # later lines lie over earlier ones
-            found = (fields[2], place)
-    return found
 
 
 def check_deepspeed_environment(environment: Mapping[str, str], *, folder: Path) -> None:

@@ -8,34 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from dstrain.health.sanity_folder import Look, Mount, judge_folder, mount_of
+from dstrain.base.mounts import Mount
+from dstrain.health.sanity_folder import Look, judge_folder
 
 NFS, DISK = Mount("nfs4", "server:/home", "/home"), Mount("ext4", "/dev/sda1", "/")
 HERE = Path("/home/me/run")
-MOUNTS = r"""22 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw
-30 22 0:40 / /home rw,relatime shared:1 - nfs4 server:/home rw,vers=4.2
-31 30 0:41 / /home/me/with\040blank rw - tmpfs none rw
-32 22 0:42 / /tmp rw - tmpfs first rw
-33 32 0:43 / /tmp rw - xfs /dev/sdb1 rw
-not a line
-"""
-
-
-@pytest.mark.parametrize(
-    ("folder", "mount"),
-    [
-        ("/home/me/run", NFS),
-        ("/homes", DISK),
-        ("/home/me/with blank/x", Mount("tmpfs", "none", "/home/me/with blank")),
-        ("/tmp/x", Mount("xfs", "/dev/sdb1", "/tmp")),
-    ],
-)
-def test_a_folder_lies_on_the_nearest_and_latest_mount(folder, mount):
-    assert mount_of(Path(folder), MOUNTS) == mount
-
-
-def test_nothing_known_is_nothing_claimed():
-    assert mount_of(Path("/x"), "").kind == "unknown"
 
 
 def test_all_who_see_it_are_counted_by_host():
