@@ -20,7 +20,7 @@ examples:
 
 Measures one rank: its share of the batch, its threads, its cache. CPU numbers are of one core and steady (each block made
 ready once): plan with these. The loop at the end runs from a cold start, while the shuffle windows are filling, with steps prepared
-ahead: it may come out below or above. What a GPU takes is an estimate from its peak and the model's arithmetic; a run's own
+ahead: it may come out below or above. What a GPU takes is the estimate of `dstrain plan` for forwards and backwards; a run's own
 tokens/s (TensorBoard) is better: give it with --need-mtok-s. Run it on a training node: the storage and the page cache of another
 machine say little.
 """
@@ -44,7 +44,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     bench.add_argument("--seconds", type=float, default=10.0, help="how long the loop runs (default 10)")
     bench.add_argument("--whole-word", action="store_true", help="mask whole words")
     bench.add_argument("--need-mtok-s", type=float, help="million tokens a second that one GPU takes")
-    bench.add_argument("--gpu", help="or estimate it: a100, h100, h200, b200")
+    bench.add_argument("--gpu", help="or estimate it for a GPU of `dstrain plan --gpu-type`: h100, a100, ...")
     models = "bert-base (default), bert-large, modernbert-base, modernbert-large"
     bench.add_argument("--model", default="bert-base", help=f"with --gpu: {models}")
     bench.add_argument("--gpus-per-node", type=int, default=1, help="GPUs of a node (default 1)")
@@ -111,8 +111,8 @@ def _print_measured(measured: Measured, *, threads: int) -> None:
 
 
 def _need(args: argparse.Namespace) -> Need | None:
+    from dstrain.planner.gpu_need import tokens_per_second
     from dstrain.stages.bench_advice import Need
-    from dstrain.stages.gpu_need import tokens_per_second
 
     if args.need_mtok_s is not None and args.gpu is not None:
         raise ConfigError("give --need-mtok-s or --gpu, not both")

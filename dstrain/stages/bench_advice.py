@@ -63,7 +63,7 @@ class Need:
     """Million tokens a second of one GPU."""
     gpus_per_node: int = 1
     estimated: bool = False
-    """From the table of `stages.gpu_need`, not from a measured run."""
+    """From the table of `planner.gpu_need`, not from a measured run."""
     name: str = "given"
 
 
