@@ -15,7 +15,15 @@ from typing import Any
 
 from torch.distributed import Store  # type: ignore[attr-defined]  # torch does not list it
 
-from dstrain.base.errors import ConfigError, DstrainError, ExitCode, MachineError, PeerError, PeerGoneError
+from dstrain.base.errors import (
+    ConfigError,
+    DstrainError,
+    ExitCode,
+    MachineError,
+    PeerError,
+    PeerGoneError,
+    StorageError,
+)
 from dstrain.base.logs import get_logger
 from dstrain.base.protocols import Interrupted, ShouldLeave, never
 from dstrain.base.rank_hosts import describe_missing
@@ -31,6 +39,7 @@ _READ_S = 3.0
 """How long rank 0, whose store goes with it, waits for those who came to read that others did not."""
 _LATE_S = 20.0
 """How long it waits for all others to come and read any other bad verdict: who finds no store cannot know that it is over."""
+_OWN_FAULTS = {int(kind.exit_code): kind for kind in (ConfigError, MachineError, StorageError)}
 _SLACK_S = 15.0
 """How much longer than rank 0 the others wait, so that rank 0 is the one to say who is missing."""
 
@@ -87,18 +96,18 @@ def call_roll(store: Store, world: World, word: Word, waiting: Waiting) -> None:
 
     Raises:
         PeerGoneError: ranks did not come in time (on rank 0; the others raise PeerError with the same message).
-        MachineError: this rank's host cannot take part with the others.
+        ConfigError, MachineError, StorageError: this rank cannot take part, by its word or beside the others.
         PeerError: another rank's fault.
         Interrupted: some rank was asked to stop.
         RuntimeError: the store has gone, as torch says it.
     """
     store.set(f"{_WORD}/{world.rank}", json.dumps(asdict(word)))
+    own: Verdict | None = None
     if word.fault:
-        _raise_alarm(
-            store, Verdict("fault", f"rank {world.rank} on {word.host}: {word.fault}", word.code, (world.rank,))
-        )
+        own = Verdict("fault", f"rank {world.rank} on {word.host}: {word.fault}", word.code, (world.rank,))
+        _raise_alarm(store, own)
     store.add(_ARRIVED, 1)
-    verdict = _decide(store, world, waiting) if world.is_first else _await_verdict(store, world, waiting)
+    verdict = _decide(store, world, waiting, own) if world.is_first else _await_verdict(store, world, waiting)
     if verdict.kind == "go":
         return
     if not world.is_first:
@@ -149,11 +158,11 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"{'rank' if len(ranks) == 1 else 'ranks'} {shown}"
 
 
-def _decide(store: Store, world: World, waiting: Waiting) -> Verdict:
-    """Rank 0. Watch who comes, then leave the verdict."""
+def _decide(store: Store, world: World, waiting: Waiting, own: Verdict | None) -> Verdict:
+    """Rank 0. Watch who comes, then leave the verdict; its own fault goes first, which many may share."""
     started = time.monotonic()
     told = False
-    while (verdict := _look(store, world, waiting)) is None:
+    while (verdict := own or _look(store, world, waiting)) is None:
         waited = time.monotonic() - started
         if waited > waiting.join_s:
             verdict = Verdict("absent", _absent(store, world, waiting), int(ExitCode.RETRY_HERE))
@@ -238,7 +247,5 @@ def _error(verdict: Verdict, *, rank: int) -> DstrainError | Interrupted:
     if verdict.kind == "absent":
         return PeerGoneError(verdict.message) if rank == 0 else PeerError(verdict.message, exit_code=verdict.code)
     if rank in verdict.ranks:
-        return (
-            MachineError(verdict.message) if verdict.code == ExitCode.UNHEALTHY_NODE else ConfigError(verdict.message)
-        )
+        return _OWN_FAULTS.get(verdict.code, ConfigError)(verdict.message)
     return PeerError(verdict.message, exit_code=verdict.code)

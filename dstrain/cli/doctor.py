@@ -75,11 +75,11 @@ def _as_rank(args: argparse.Namespace) -> int:
     """This process alone, or one rank of several that a launcher has started."""
     from dstrain.base.logs import configure_logs
     from dstrain.base.world import world_from_environment
-    from dstrain.cli.training import choose_early
+    from dstrain.cli.training import choose_early, said_once
 
     world = world_from_environment(local_rank=args.local_rank)
     configure_logs(world, level="ERROR")
-    config = _config(args)
+    config = said_once(world, lambda: _config(args))
     choose_early(config.engine.device if config is not None else "auto")
     from dstrain.stages.doctor import as_finding, examine
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dstrain.base.config import Config, load_config, merge, parse_overrides, read_yaml, validate
 from dstrain.base.errors import ConfigError, DstrainError, MachineError, PeerError
 from dstrain.base.privacy import make_private
+from dstrain.base.protocols import ShouldLeave, never
 from dstrain.base.rank_settings import RankSettings
 from dstrain.base.secrets import refuse_redacted
 from dstrain.base.world import World
@@ -113,9 +114,13 @@ def _run_stage(args: argparse.Namespace) -> int:
     configure_logs(world)
     # In force before the imports of the stage, which take seconds: a request in that time must not just kill the process.
     with StopRequest(watch_parent=world.size > 1) as stop:
-        _take_up(world, *_said_once(world, lambda: _split_items(args)))
-        config = _said_once(world, lambda: _stage_config(args))
-        _said_once(world, lambda: make_private(config.run_folder))
+
+        def said(read: Callable[[], ResultT]) -> ResultT:
+            return said_once(world, read, should_leave=lambda: stop.reason is not None)
+
+        said(lambda: _take_up(world, *_split_items(args)))
+        config = said(lambda: _stage_config(args))
+        said(lambda: make_private(config.run_folder))
         choose_early(config.engine.device)
         if args.stage == "pretrain":
             from dstrain.stages.pretrain import pretrain
@@ -130,7 +135,7 @@ def _take_up(world: World, path: Path, overrides: list[str]) -> None:
     """Threads, cores and interfaces first: reading the whole configuration imports torch, which makes its thread pools."""
     from dstrain.launcher.rank_environment import take_up
 
-    engine = _said_once(world, lambda: merge(read_yaml(path), parse_overrides(overrides)).get("engine", {}))
+    engine = merge(read_yaml(path), parse_overrides(overrides)).get("engine", {})
     fields = {name: engine[name] for name in RankSettings.model_fields if isinstance(engine, dict) and name in engine}
     try:
         settings = validate(RankSettings, fields, source=str(path))
@@ -148,8 +153,8 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     configure_logs(world)
     folder: Path | None = args.run_option or args.run_folder
     if folder is not None and (folder / "config.yaml").is_file():
-        _take_up(world, folder / "config.yaml", [item for item in args.overrides if "=" in item])
-    stage, config = _said_once(world, lambda: _evaluated_run(args))
+        said_once(world, lambda: _take_up(world, folder / "config.yaml", [i for i in args.overrides if "=" in i]))
+    stage, config = said_once(world, lambda: _evaluated_run(args))
     choose_early(config.engine.device)
     from dstrain.stages.evaluate import evaluate
 
@@ -159,11 +164,21 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _said_once(world: World, read: Callable[[], ResultT]) -> ResultT:
-    """Read the configuration; all ranks find the same fault in it before they are joined, and rank 0 says it."""
+def said_once(world: World, read: Callable[[], ResultT], *, should_leave: ShouldLeave = never) -> ResultT:
+    """Read what decides the run, before the ranks have met; of those that find a fault one says it, and all leave.
+
+    Args:
+        world: this process's place.
+        read: local.
+        should_leave: whether to stop waiting for other hosts.
+    """
     try:
         return read()
     except DstrainError as error:
+        if world.size > 1 and not world.is_on_one_host:  # another host may have found none, and would wait
+            from dstrain.base.early_fault import tell
+
+            raise tell(error, world, should_leave=should_leave) from None
         if world.is_first:
             raise
         raise PeerError(str(error), exit_code=error.exit_code) from None

@@ -27,7 +27,7 @@ from dstrain.launcher.rank_environment import describe, take_up
 from dstrain.models.huggingface import anatomy
 from dstrain.stages.config import FinetuneConfig, PretrainConfig
 from dstrain.train.ds_config import EngineConfig
-from dstrain.train.engine import Engine, own_gpu, start_processes, stop_processes
+from dstrain.train.engine import Engine, start_processes, stop_processes, take_gpu
 
 _LOG = get_logger(__name__)
 
@@ -87,8 +87,9 @@ class Assembly:
 
 @contextmanager
 def open_site(
-    engine: EngineConfig, start: StartConfig, world: World, *, should_leave: ShouldLeave = never
-) -> Iterator[Site]:
+    engine: EngineConfig, start: StartConfig, world: World, *, should_leave: ShouldLeave = never,
+    fault: DstrainError | None = None,
+) -> Iterator[Site]:  # fmt: skip
     """Collective. Choose device, precision and threads, join the processes, and leave them when done.
 
     Args:
@@ -96,6 +97,7 @@ def open_site(
         start: how long to wait.
         world: this process's place.
         should_leave: whether to stop waiting for ranks that have not come.
+        fault: why this rank cannot take part, if it knows already; then it comes only to tell the others.
 
     Raises:
         DstrainError: this rank's host cannot take part, another's cannot, or ranks are missing.
@@ -103,17 +105,16 @@ def open_site(
     """
     device: str = "cpu"
     precision: Precision = "fp32"
-    fault: DstrainError | None = None
     try:
         device = choose_device(engine.device)
         precision = choose_precision(engine.precision, device=device)
-        own_gpu(device, world)
+        take_gpu(device, world)
         taken = take_up(engine, world, os.environ)
         torch.set_num_threads(taken.threads)
         if world.is_first:
             _LOG.info("each rank has %s", describe(taken))
     except DstrainError as error:  # told to all ranks, which would wait for this one otherwise
-        fault = error
+        fault = fault or error
     if fault is not None and world.size == 1:
         raise fault
     word = Word(

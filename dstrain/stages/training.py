@@ -46,7 +46,8 @@ def run_training(
     with ExitStack() as stack:
         if stop is None:
             stop = stack.enter_context(StopRequest(watch_parent=world.size > 1))
-        watchdog = stack.enter_context(Watchdog(config.watchdog, world, config.run_folder))
+        watchdog = Watchdog(config.watchdog, world, config.run_folder)
+        fault = _watch(stack, watchdog)
         oversight = Oversight(
             stop, RunLease(config.run_folder, patient=True), watchdog.heartbeat,
             GoodputMeter(config.run_folder, active=world.is_first), config.stop, config.run_folder,
@@ -54,7 +55,7 @@ def run_training(
         stack.enter_context(peer_loss_named(oversight.where))
         oversight.enter("rendezvous", 0)
         try:
-            site = _join(stack, oversight, config, world)
+            site = _join(stack, oversight, config, world, fault)
         except Interrupted as left:
             return _not_begun(left, oversight, config, world)
         oversight.relay = stack.enter_context(StopRelay(stop, site.control.store))
@@ -64,13 +65,25 @@ def run_training(
         return _run(config, site, assemble, oversight)
 
 
-def _join(stack: ExitStack, oversight: Oversight, config: AnyConfig, world: World) -> Site:
+def _watch(stack: ExitStack, watchdog: Watchdog) -> DstrainError | None:
+    """Put the watchdog beside this rank; returns why it cannot be, which the other ranks are to hear before this one leaves."""
+    try:
+        stack.enter_context(watchdog)
+    except DstrainError as error:
+        return error
+    return None
+
+
+def _join(stack: ExitStack, oversight: Oversight, config: AnyConfig, world: World, fault: DstrainError | None) -> Site:
     """Collective. Meet the other ranks; one that cannot take part leaves its word for the launcher, as after a step."""
     try:
         with peer_loss_named(oversight.where):
             return stack.enter_context(
-                open_site(config.engine, config.start, world, should_leave=lambda: oversight.stop.reason is not None)
-            )
+                open_site(
+                    config.engine, config.start, world, fault=fault,
+                    should_leave=lambda: oversight.stop.reason is not None,
+                )
+            )  # fmt: skip
     except DstrainError as error:
         _leave_word(config, world, oversight, ending_of(error))
         raise
@@ -109,7 +122,7 @@ def _run(config: AnyConfig, site: Site, assemble: Callable[[Site], Assembly], ov
             try:
                 parts = site.control.together(lambda: assemble(site))
                 agree_on_start(site.control, config, parts.loader.state_dict())
-                run = Run(config, site, parts, oversight)
+                run = site.control.together(lambda: Run(config, site, parts, oversight))
                 code = run.execute()
             except (
                 Interrupted

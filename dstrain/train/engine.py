@@ -109,7 +109,7 @@ def start_processes(
 
     Args:
         world: this process's place.
-        device: cpu or cuda.
+        device: cpu, or cuda after `take_gpu`.
         timeout_s: longest wait for a peer in a collective.
         word: what this rank says of itself; with a fault in it all ranks leave. Default: that it can take part.
         waiting: for ranks that have not come yet. Default: as long as for a peer in a collective.
@@ -133,8 +133,6 @@ def start_processes(
         if not distributed.is_initialized():
             store = open_store(world, join_s=waiting.join_s, timeout_s=timeout_s, should_leave=waiting.should_leave)
             call_roll(store, world, word, waiting)
-            if (gpu := own_gpu(device, world)) is not None:
-                torch.cuda.set_device(gpu)
             distributed.init_process_group(
                 backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout
             )
@@ -148,18 +146,28 @@ def start_processes(
     return ControlPlane(world, timeout_s=timeout_s)
 
 
-def own_gpu(device: str, world: World) -> int | None:
-    """Which of the visible GPUs is this rank's; None on a CPU.
+def take_gpu(device: str, world: World) -> None:
+    """Make this rank's of the visible GPUs the one in use, and use it once; nothing on a CPU.
+
+    Before the ranks meet: one whose GPU fails in the first collective leaves the others waiting in it.
 
     Raises:
-        MachineError: there are fewer GPUs than ranks.
+        MachineError: there are fewer GPUs than ranks, or this one does not answer.
     """
     if device != "cuda":
-        return None
-    return gpu_index(
+        return
+    gpu = gpu_index(
         world.local_rank, local_size=world.local_size, visible=torch.cuda.device_count(),
         per_task=world.launcher == "srun",
     )  # fmt: skip
+    try:
+        torch.cuda.set_device(gpu)
+        torch.zeros(1, device="cuda").item()
+    except RuntimeError as error:
+        raise MachineError(
+            f"GPU {gpu} of this machine cannot be used ({str(error).splitlines()[0]}): look at nvidia-smi and the kernel's "
+            "log there, end what else uses it, or leave the host out"
+        ) from None
 
 
 def stop_processes(world: World) -> None:

@@ -6,12 +6,13 @@ import json
 import signal
 import socket
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.runs import build_tiny_shards, pretrain_job, pretrain_settings, wait_for, write_config
+from tests.support.runs import build_tiny_shards, free_port, pretrain_job, pretrain_settings, wait_for, write_config
 
 pytestmark = [pytest.mark.fault, pytest.mark.dist]
 
@@ -73,6 +74,59 @@ def test_a_host_without_the_interface_that_is_asked_for_ends_the_start_of_all_at
         assert job.wait(60) == [78, 78]
     assert "engine.interface: 'eth-none' does not exist on" in job.logs[0].read_text()
     assert "Traceback" not in job.output()
+
+
+def test_a_rank_that_cannot_write_to_the_run_folder_does_not_let_the_others_wait_for_it(
+    tmp_path: Path, shards: Path
+) -> None:
+    (tmp_path / "run/health/stacks/0001-rank-00001.txt").mkdir(parents=True)  # where rank 1 alone is to write
+    settings = pretrain_settings(shards, tmp_path / "run", start={"join_s": 600.0})
+    config = write_config(tmp_path / "run.yaml", settings)
+    with pretrain_job(config, world_size=2) as job:
+        assert job.wait(60) == [76, 76]
+    assert "0001-rank-00001.txt: cannot be written" in job.logs[1].read_text()
+    assert "error" not in job.logs[0].read_text(), "the rank at fault speaks, and no other"
+    assert [(left["code"], left["kind"]) for left in exits(tmp_path / "run")] == [(76, "peer"), (76, "fault")]
+
+
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_a_host_that_lacks_the_configuration_does_not_let_the_others_wait_for_it(
+    tmp_path: Path, shards: Path, lacking: int
+) -> None:
+    """The ranks of one host read the same file and so find the same fault; those of other hosts may not."""
+    settings = pretrain_settings(shards, tmp_path / "run", start={"join_s": 600.0})
+    config = write_config(tmp_path / "run.yaml", settings)
+    configs = [config, config]
+    configs[lacking] = tmp_path / "elsewhere.yaml"
+    port = str(free_port())
+    with ExitStack() as stack:
+        jobs = [
+            stack.enter_context(pretrain_job(configs[rank], world_size=1, environment=host_of(rank, port=port)))
+            for rank in range(2)
+        ]
+        assert [job.wait(100) for job in jobs] == [[78], [78]]
+    assert "elsewhere.yaml" in jobs[lacking].output()
+    assert "dstrain: error" not in jobs[1 - lacking].output(), "the rank at fault speaks, and no other"
+    (left,) = exits(tmp_path / "run")
+    assert (left["rank"], left["kind"]) == (1 - lacking, "peer")
+    assert "elsewhere.yaml" in left["cause"]
+
+
+def host_of(rank: int, *, port: str) -> dict[str, str]:
+    """The only rank of a host of its own, of two."""
+    return {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_PORT": port}
+
+
+def test_a_file_that_rank_0_cannot_write_before_the_first_step_is_told_by_it_and_by_no_other(
+    tmp_path: Path, shards: Path
+) -> None:
+    (tmp_path / "run/environment.json").mkdir(parents=True)
+    config = write_config(tmp_path / "run.yaml", pretrain_settings(shards, tmp_path / "run"))
+    with pretrain_job(config, world_size=2) as job:
+        assert job.wait(100) == [76, 76]
+    assert "environment.json" in job.logs[0].read_text()
+    assert "another rank is gone" not in job.output()
+    assert [(left["code"], left["kind"]) for left in exits(tmp_path / "run")] == [(76, "fault"), (76, "peer")]
 
 
 def test_the_checks_before_the_first_step_are_one_event_and_one_line(tmp_path: Path, shards: Path) -> None:
