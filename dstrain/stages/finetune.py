@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -151,19 +152,27 @@ class Scoring:
         for name, examples in self._splits.items():
             outputs = self.outputs(engine, name, should_leave)
             results[name] = self._scored(outputs, examples)
-            if self._world.is_first:
-                path = self._config.run_folder / "predictions" / f"{name}.jsonl"
-                write_predictions(path, outputs, examples, labels=self._task.labels)
+            engine.control.together(functools.partial(self._write, name, outputs, examples))
+        engine.control.together(lambda: self._conclude(results))
+
+    def _write(self, split: str, outputs: npt.NDArray[np.float32], examples: Examples) -> None:
+        """Rank 0: the predictions of a split."""
         if self._world.is_first:
-            write_json(self._config.run_folder / METRICS_FILE, results)
-            best = results["validation"]["metrics"][self._config.task.chosen_metric]
-            _LOG.info(
-                "best validation %s %.4f; predictions and metrics.json are in %s",
-                results["metric"],
-                best,
-                self._config.run_folder,
-            )
-        engine.control.barrier()
+            path = self._config.run_folder / "predictions" / f"{split}.jsonl"
+            write_predictions(path, outputs, examples, labels=self._task.labels)
+
+    def _conclude(self, results: dict[str, Any]) -> None:
+        """Rank 0: metrics.json, which says that all is done."""
+        if not self._world.is_first:
+            return
+        write_json(self._config.run_folder / METRICS_FILE, results)
+        best = results["validation"]["metrics"][self._config.task.chosen_metric]
+        _LOG.info(
+            "best validation %s %.4f; predictions and metrics.json are in %s",
+            results["metric"],
+            best,
+            self._config.run_folder,
+        )
 
     def _scored(self, outputs: npt.NDArray[np.float32], examples: Examples) -> dict[str, Any]:
         if not examples.has_labels:

@@ -11,6 +11,7 @@ import dataclasses
 import socket
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class Run:
                 return self._already_complete(self.resumed_from)
         if self._is_asked_to_leave():
             return self._left_at_once()
-        self._describe()
+        self.site.control.together(self._describe)
         self.guard.enter("start_up", 0)
         check_start(self.config, self.site, num_parameters=facts(self.parts.model).num_parameters)
         self._build_engine()
@@ -169,8 +170,7 @@ class Run:
 
         step = int(control.from_first(control.together(scan)))
         if step >= 0:
-            path = next(p for s, p in published_steps(folder) if s == step)
-            self.resumed_from = control.together(lambda: Checkpoint(path))
+            self.resumed_from = control.together(lambda: _open_found(step_folder(folder, step)))
             control.together(self._check_resumable)
 
     def _check_resumable(self) -> None:
@@ -239,8 +239,12 @@ class Run:
             self.fragments.fill_masters(initial)
         compiling = self.engine.compiling
         self._say(f"blocks {'compiled' if compiling.enabled else 'not compiled'}: {compiling.reason}")
+        self.site.control.together(self._tell_deepspeed)
+
+    def _tell_deepspeed(self) -> None:
+        """Rank 0: deepspeed.json."""
         if self.site.world.is_first:
-            write_json(config.run_folder / "deepspeed.json", redacted(self.engine.ds_config))
+            write_json(self.config.run_folder / "deepspeed.json", redacted(self.engine.ds_config))
 
     def _restore(self) -> None:
         """Collective. Fill the engine and the counters from the checkpoint, if there is one."""
@@ -381,14 +385,15 @@ class Run:
         self.guard.enter("restore", self.state.step)
         folder = self.saving.writer.folder
 
-        def choose() -> dict[str, Any]:
+        def choose() -> list[dict[str, Any]]:
             if not world.is_first:
-                return {}
-            return dataclasses.asdict(
-                go_back(self.config.run_folder, self.saving.writer, wanted, reason=verdict.reason)
-            )
+                return []
+            chosen = go_back(self.config.run_folder, self.saving.writer, wanted, reason=verdict.reason)
+            missing = windows_missing(read_windows(self.config.run_folder), step=chosen.step)
+            return [dataclasses.asdict(w) for w in (chosen, *missing)]
 
-        window = Window(**control.from_first(control.together(choose)))
+        # Told by rank 0, not read by each: another host's cache may still show the record as it was.
+        window, *missing = (Window(**w) for w in control.from_first(control.together(choose)))
         checkpoint = control.together(lambda: Checkpoint(step_folder(folder, window.step)))
         spent = self.state.compute_seconds
         self._load(checkpoint)
@@ -397,7 +402,7 @@ class Run:
             setattr(self.state, name, value)
         self.state.compute_seconds = spent
         control.together(lambda: self.parts.loader.restore(checkpoint.manifest.loader, step=window.step))
-        self._step_over(windows_missing(read_windows(self.config.run_folder), step=window.step))
+        self._step_over(missing)
         self.guards.rolled_back(checkpoint.manifest.health.get("guards", {}))
         self.resumed_from = checkpoint
         self.saving.last_saved_step = window.step
@@ -468,6 +473,20 @@ class Run:
     def _say(self, text: str) -> None:
         if self.site.world.is_first:
             _LOG.info("%s", text)
+
+
+def _open_found(folder: Path) -> Checkpoint:
+    """A checkpoint that rank 0 has found.
+
+    Raises:
+        CheckpointError: this host does not see it, or it cannot be read here.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder}: rank 0 sees this checkpoint and {socket.gethostname()} does not: set run_folder to a folder on a file "
+            "system that all hosts share"
+        )
+    return Checkpoint(folder)
 
 
 def _state_of(checkpoint: Checkpoint) -> RunState:
