@@ -11,6 +11,7 @@ import platform
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from dstrain.base.errors import MachineError
 
@@ -85,6 +86,13 @@ def cpu_has_bf16() -> bool:
         except OSError:
             return False
     return False
+
+
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the host on a device; a GPU's copy is queued from pinned memory, and the host does not wait for it."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def device_name(device: str) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dstrain.base.device import sent
 from dstrain.models.attention_kernels import attend_flash, attend_flex, attend_varlen, segment_block_mask
 
 
@@ -52,9 +53,7 @@ def segment_layout(lengths: Sequence[int], *, device: torch.device, kernel: str 
     """
     groups = tuple((length, len(list(run))) for length, run in groupby(lengths))
     ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    if device.type == "cuda":
-        ends = ends.pin_memory().to(device, non_blocking=True)
-    return SegmentLayout(groups=groups, cu_seqlens=ends, max_length=max(lengths), kernel=kernel)
+    return SegmentLayout(groups=groups, cu_seqlens=sent(ends, device), max_length=max(lengths), kernel=kernel)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -5,11 +5,13 @@ Knows the conventions of transformers' encoders (argument names, where position 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dstrain.base.device import sent
 from dstrain.base.protocols import MicroBatch
 from dstrain.models.attention import segment_layout
 
@@ -39,7 +41,7 @@ def unpadded_inputs(
 def padded_inputs(batch: MicroBatch, *, pad_id: int) -> tuple[dict[str, Any], int]:
     """Forward arguments of one padded row per segment, and the row width."""
     width = max(batch.lengths)
-    lengths = torch.tensor(batch.lengths, device=batch.tokens.device)
+    lengths = sent(torch.tensor(batch.lengths), batch.tokens.device)
     mask = torch.arange(width, device=batch.tokens.device)[None] < lengths[:, None]
     return {"input_ids": pad_segments(batch.tokens, batch.lengths, pad_id), "attention_mask": mask.long()}, width
 
@@ -51,9 +53,14 @@ def pad_segments(flat: Tensor, lengths: tuple[int, ...], value: int) -> Tensor:
 
 def padded_rows(batch: MicroBatch, width: int) -> Tensor:
     """Targets of the flat row as indices into the padded rows laid end to end."""
-    lengths = torch.tensor(batch.lengths, device=batch.tokens.device)
-    segment = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    segment = segment_numbers(batch.lengths, batch.tokens.device)
     return (segment * width + batch.positions)[batch.targets]
+
+
+def segment_numbers(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """(T,) number of each token's segment."""
+    counts = sent(torch.tensor(lengths), device)
+    return torch.repeat_interleave(torch.arange(len(lengths), device=device), counts, output_size=sum(lengths))
 
 
 def plain_batch(tokens: Tensor, lengths: tuple[int, ...], *, segments_are_targets: bool = False) -> MicroBatch:

@@ -19,7 +19,7 @@ from dstrain.base.protocols import MicroBatch
 from dstrain.base.seeds import derive
 from dstrain.models.attention import SegmentLayout, segment_layout
 from dstrain.models.blocks import encoder_blocks
-from dstrain.models.inputs import plain_batch
+from dstrain.models.inputs import plain_batch, segment_numbers
 from dstrain.models.layer_dropping import LayerDroppingConfig, kept_layers
 from dstrain.models.token_dropping import (
     TokenDroppingConfig,
@@ -154,14 +154,13 @@ class LayerRoutes:
 
 def _choose(batch: MicroBatch, share: float, *, kernel: str, few_shapes: bool) -> _Chosen:
     device = batch.tokens.device
-    lengths = torch.tensor(batch.lengths)
-    segments = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(device)
+    segments = segment_numbers(batch.lengths, device)
     kept = kept_lengths(batch.lengths, share)
     fill = filling(kept, of=len(batch.tokens)) if few_shapes else ()
     return _Chosen(
         positions=batch.positions,
         segments=segments,
-        keys=segment_keys(batch.tokens, batch.positions, segments, len(lengths)),
+        keys=segment_keys(batch.tokens, batch.positions, segments, len(batch.lengths)),
         places=first_places(batch.lengths, kept, device=device),
         layout=segment_layout((*kept, *fill), device=device, kernel=kernel),
         filled=sum(fill),

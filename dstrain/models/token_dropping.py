@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dstrain.base.config import Config
+from dstrain.base.device import sent
 
 _MASK_63 = (1 << 63) - 1
 
@@ -100,7 +101,7 @@ def first_places(lengths: Sequence[int], kept: Sequence[int], *, device: torch.d
     begin = torch.tensor(starts, dtype=torch.int64)
     count = torch.tensor(list(kept), dtype=torch.int64)
     shift = torch.repeat_interleave(begin - (count.cumsum(0) - count), count)
-    return (torch.arange(int(count.sum())) + shift).to(device)
+    return sent(torch.arange(int(count.sum())) + shift, device)
 
 
 def _mix(x: Tensor) -> Tensor:

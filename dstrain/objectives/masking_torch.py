@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dstrain.base.device import sent
 from dstrain.base.protocols import IGNORED_LABEL, Pieces
 from dstrain.objectives.masking import BEFORE, SECOND, Masking
 from dstrain.objectives.philox_torch import philox4x32
@@ -40,11 +41,9 @@ class PieceTensors:
     @classmethod
     def of(cls, pieces: Pieces, device: torch.device | str) -> PieceTensors:
         """Copy pieces to a device."""
-        pinned = torch.device(device).type == "cuda"
 
         def move(array: npt.NDArray[np.generic]) -> Tensor:
-            tensor = torch.from_numpy(np.ascontiguousarray(array))
-            return tensor.pin_memory().to(device, non_blocking=True) if pinned else tensor.to(device)
+            return sent(torch.from_numpy(np.ascontiguousarray(array)), device)
 
         return cls(
             tokens=move(pieces.tokens),
@@ -66,14 +65,13 @@ class TorchMasking:
         """Copy the tables of a masking to a device."""
         self._masking = masking
         self._device = torch.device(device)
-        self._special = torch.from_numpy(masking.special).to(device)
-        self._ordinary = torch.from_numpy(masking.ordinary).to(device)
+        self._special = sent(torch.from_numpy(masking.special), device)
+        self._ordinary = sent(torch.from_numpy(masking.ordinary), device)
 
     def limits(self, step: int) -> Tensor:
         """(m + 2,) thresholds of an optimizer step: reach, mask, random. A tensor, so that a new rate compiles nothing anew."""
         found = self._masking.thresholds(step)
-        limits = torch.tensor([*found.reach, found.mask, found.random], dtype=torch.int64)
-        return limits.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else limits
+        return sent(torch.tensor([*found.reach, found.mask, found.random], dtype=torch.int64), self._device)
 
     def __call__(self, pieces: PieceTensors, limits: Tensor) -> tuple[Tensor, Tensor]:
         """Corrupt a micro-batch.

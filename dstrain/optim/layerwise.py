@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dstrain.base.device import sent
 from dstrain.optim.layout import Layout, multiply, sums_of_squares
 
 States = Sequence[Mapping[str, Tensor]]
@@ -32,7 +33,7 @@ def stable_adamw(tensors: list[Tensor], states: States, group: Mapping[str, Any]
     gradients = _gradients(tensors)
     update, roots = _adam_direction(tensors, states, group)
     ratios = list(torch._foreach_div(gradients, list(torch._foreach_clamp_min(roots, group["eps"]))))
-    sizes = torch.tensor([_numel(shape) for shape in layout.shapes], device=tensors[0].device, dtype=torch.float64)
+    sizes = layout.once("sizes", lambda: _sizes(layout, tensors[0].device))
     rms = (sums_of_squares(ratios, tensors, layout) / sizes).sqrt()
     _add(update, tensors, group["weight_decay"])
     multiply(update, tensors, 1.0 / rms.clamp(min=1.0), layout)
@@ -82,5 +83,6 @@ def _gradients(tensors: list[Tensor]) -> list[Tensor]:
     return [t.grad for t in tensors if t.grad is not None]
 
 
-def _numel(shape: Sequence[int]) -> int:
-    return torch.Size(shape).numel()
+def _sizes(layout: Layout, device: torch.device) -> Tensor:
+    """(parameters,) elements of each."""
+    return sent(torch.tensor([torch.Size(shape).numel() for shape in layout.shapes], dtype=torch.float64), device)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from dstrain.base.device import sent
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -110,7 +112,7 @@ def parameters_in(tensors: Sequence[Tensor], layout: Layout) -> tuple[int, ...]:
 
 def _numbers(tensors: Sequence[Tensor], layout: Layout) -> Tensor:
     numbers = [piece.parameter for tensor in tensors for piece in layout.pieces[tensor]]
-    return torch.tensor(numbers, dtype=torch.int64, device=tensors[0].device)
+    return sent(torch.tensor(numbers, dtype=torch.int64), tensors[0].device)
 
 
 def _runs(tensor: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -121,4 +123,4 @@ def _runs(tensor: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         lengths.append(piece.start + piece.numel - at)
         at = piece.start + piece.numel
     lengths[-1] += tensor.numel() - at
-    return torch.tensor(numbers, device=tensor.device), torch.tensor(lengths, device=tensor.device)
+    return sent(torch.tensor(numbers), tensor.device), sent(torch.tensor(lengths), tensor.device)

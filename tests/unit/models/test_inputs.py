@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dstrain.base.device import sent
 from dstrain.base.protocols import MicroBatch
 from dstrain.models.inputs import (
     pad_segments,
@@ -15,6 +18,7 @@ from dstrain.models.inputs import (
     position_offset,
     unpadded_inputs,
 )
+from tests.support.fake_gpu import GPU, fake_gpu
 from tests.support.tiny_models import documents, packed, tiny_model
 
 lengths_of_segments = st.lists(st.integers(1, 9), min_size=1, max_size=6).map(tuple)
@@ -76,3 +80,14 @@ def test_a_plain_batch_scores_every_token_at_restarting_positions() -> None:
     assert batch.positions.tolist() == [0, 1, 0]
     assert batch.targets.tolist() == [0, 1, 2]
     assert torch.equal(batch.labels, batch.tokens)
+
+
+def test_no_input_is_made_in_a_way_that_a_gpu_makes_the_host_wait_for() -> None:
+    with fake_gpu():
+        batch = packed(documents((3, 2)))
+        tokens, positions, targets = (sent(t, "cuda") for t in (batch.tokens, batch.positions, batch.targets))
+        batch = dataclasses.replace(batch, tokens=tokens, positions=positions, targets=targets)
+        inputs, width = padded_inputs(batch, pad_id=1)
+        assert inputs["input_ids"].shape == inputs["attention_mask"].shape == (2, 3)
+        assert padded_rows(batch, width).shape == targets.shape
+        assert unpadded_inputs(tiny_model("bert").model, batch)["segments"].cu_seqlens.device == GPU

@@ -6,6 +6,7 @@ from dstrain.base.protocols import IGNORED_LABEL
 from dstrain.objectives.masking import Masking
 from dstrain.objectives.masking_config import MaskingConfig
 from dstrain.objectives.masking_torch import PieceTensors, TorchMasking
+from tests.support.fake_gpu import GPU, fake_gpu
 from tests.support.packed_pieces import pieces_of
 
 VOCAB, MASK, SPECIAL = 1000, 4, (0, 1, 2, 3, 4, 999)
@@ -87,6 +88,16 @@ def test_the_compiler_takes_it_whole_and_once_for_all_steps(kind):
     compiled = torch.compile(lambda tensors, limits: on_device(tensors, limits), backend=count, fullgraph=True)
     assert_equal(batch, law, device="cpu", call=compiled)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[-1]], ids=["tokens", "spans of words"])
+def test_on_a_gpu_that_is_not_there_nothing_waits_for_the_host(kind):
+    batch = pieces(n=3)
+    with fake_gpu():
+        law = TorchMasking(masking(**kind), "cuda")
+        inputs, labels = law(PieceTensors.of(batch, "cuda"), law.limits(7))
+    assert (inputs.device, labels.device) == (GPU, GPU)
+    assert inputs.shape == labels.shape == batch.tokens.shape
 
 
 @pytest.mark.gpu
