@@ -129,7 +129,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
 
 
 def test_a_folder_in_place_of_a_file_names_what_it_holds(tmp_path):
-    with pytest.raises(ConfigError, match="is a folder, not a configuration file. Give a YAML file"):
+    with pytest.raises(ConfigError, match=r"is a folder, not a configuration file\. Give a YAML file"):
         load_config(Run, tmp_path)
     (tmp_path / "bert-base.yaml").write_text("path: a")
     with pytest.raises(ConfigError, match=r"is a folder.*Give one of its files: bert-base\.yaml"):
