@@ -59,7 +59,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args, rest = parser.parse_known_args(argv)
     taking: str = getattr(args, "more_into", "")
     if rest and (not taking or any(item.startswith("-") for item in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        hint = ". A key of the configuration has no dashes and one =, as in train.max_steps=100" if taking else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if rest:
         setattr(args, taking, [*getattr(args, taking), *rest])
     return args

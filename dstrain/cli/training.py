@@ -6,11 +6,11 @@ import argparse
 import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dstrain.base.config import Config, load_config, merge, parse_overrides, read_yaml, validate
+from dstrain.base.config import Config, merge, parse_overrides, read_yaml, validate
 from dstrain.base.errors import ConfigError, DstrainError, MachineError, PeerError
 from dstrain.base.privacy import make_private
 from dstrain.base.protocols import ShouldLeave, never
@@ -101,7 +101,8 @@ def _split_items(args: argparse.Namespace) -> tuple[Path, list[str]]:
     if len(files) != 1:
         found = ", ".join(str(f) for f in files) or "none"
         raise ConfigError(
-            f"give exactly one configuration file (found: {found}), for example --config configs/bert-base.yaml"
+            f"give exactly one configuration file (found: {found}), for example --config configs/bert-base.yaml; "
+            "overrides are written key.path=value"
         )
     return files[0], overrides
 
@@ -210,14 +211,33 @@ def load_stage_config(stage: str, path: Path, overrides: list[str], *, overlay: 
     from dstrain.stages.config import FinetuneConfig, PretrainConfig
 
     model: type[Config] = PretrainConfig if stage == "pretrain" else FinetuneConfig
-    if overlay is None:
-        return load_config(model, path, overrides)
-    from dstrain.base.storage import read_json
-    from dstrain.train.ds_config import check_overlay
+    data = read_yaml(path)
+    if overlay is not None:
+        from dstrain.base.storage import read_json
+        from dstrain.train.ds_config import check_overlay
 
-    extra = {"deepspeed": check_overlay(read_json(overlay), source=str(overlay))}
-    data = merge(merge(read_yaml(path), extra), parse_overrides(overrides))
+        data = merge(data, {"deepspeed": check_overlay(read_json(overlay), source=str(overlay))})
+    data = merge(data, parse_overrides(overrides))
+    _refuse_other_stage(stage, data, path)
     return validate(model, data, source=str(path))
+
+
+def _refuse_other_stage(stage: str, data: Mapping[str, Any], path: Path) -> None:
+    """A file of the other stage, or a run folder that a run of it owns: said before anything is written there."""
+    if not data:
+        raise ConfigError(f"{path}: holds no keys. Start from one of configs/; every key: docs/configuration.md")
+    for section, owner in (("data", "pretrain"), ("task", "finetune")):
+        others = {"data", "task"} - {section}
+        if owner != stage and section in data and not others & set(data):
+            raise ConfigError(
+                f"{path}: has the section {section}, so it configures `dstrain {owner}`; this is {stage}. Give another file"
+            )
+    folder = data.get("run_folder")
+    if not isinstance(folder, str) or not (Path(folder) / "config.yaml").is_file():
+        return
+    held = read_yaml(Path(folder) / "config.yaml").get("stage", stage)
+    if held != stage:
+        raise ConfigError(f"run_folder: {folder}: holds a {held} run, this is {stage}: set another run_folder")
 
 
 def load_run_config(folder: Path, overrides: list[str]) -> tuple[str, Any]:

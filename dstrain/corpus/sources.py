@@ -233,4 +233,18 @@ def row_document(row: Mapping[str, Any], config: CorpusConfig, *, place: str) ->
 def missing_field(name: str, found: Sequence[str], *, place: str) -> str:
     """The sentence that says which fields there are instead."""
     shown = ", ".join(repr(field) for field in list(found)[:12]) or "none"
-    return f"{place}: no field {name!r}; it has {shown}. Choose one with --text-field"
+    return f"{place}: no field {name!r}; it has {shown}.{separator_advice(found) or ' Choose one with --text-field'}"
+
+
+def separator_advice(columns: Sequence[str]) -> str:
+    """What to do about a table whose only column's name looks like several, separated by another character; or nothing."""
+    if len(columns) != 1:
+        return ""
+    for separator, mend in (
+        ("\t", "name the file .tsv"),
+        (",", "name the file .csv"),
+        (";", "separate them by tabs or commas"),
+    ):
+        if separator in columns[0]:
+            return f" The columns seem to be separated by {separator!r}: {mend}"
+    return ""

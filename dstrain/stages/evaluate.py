@@ -56,4 +56,4 @@ def evaluate(
                 site.control.together(lambda: checkpoint.load_into(f for f in fragments.held() if f.state == MASTER))
             fragments.refresh()
         metrics = parts.evaluate(engine, None)
-        return {"step": float(checkpoint.manifest.step), **metrics}
+        return {"step": checkpoint.manifest.step, **metrics}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dstrain.base.errors import ConfigError
-from dstrain.checkpoint.layout import MANIFEST, checkpoints_folder
+from dstrain.checkpoint.layout import MANIFEST, checkpoints_folder, published_steps
 from dstrain.checkpoint.reader import Checkpoint, newest_valid
 from dstrain.data.tokenizer import Tokenizer
 from dstrain.models.huggingface import load_folder_weights, read_architecture
@@ -75,7 +75,9 @@ def best_checkpoint(run_folder: Path, *, step: int | None = None) -> Checkpoint:
     if newest.checkpoint is None:
         reasons = "; ".join(reason for _, reason in newest.damaged)
         which = f"checkpoint of step {step}" if step is not None else "valid checkpoint"
-        raise ConfigError(f"{run_folder}: no {which}" + (f" ({reasons})" if reasons else ""))
+        steps = ", ".join(str(s) for s, _ in published_steps(folder)[:12])
+        hint = f"; there are checkpoints of steps {steps}" if steps else "; none was saved there yet: train first"
+        raise ConfigError(f"{run_folder}: no {which}{f' ({reasons})' if reasons else hint}")
     return newest.checkpoint
 
 

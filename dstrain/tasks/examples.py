@@ -19,6 +19,7 @@ import numpy.typing as npt
 from dstrain.base.errors import DataError
 from dstrain.base.protocols import IGNORED_LABEL
 from dstrain.corpus.documents import read_rows
+from dstrain.corpus.sources import separator_advice
 from dstrain.tasks.spec import TaskConfig
 
 _MOST_LABELS = 1000  # more different labels than this are numbers or texts, not classes
@@ -132,6 +133,8 @@ def _unit_hash(text: str, pair: str) -> float:
 
 
 def _read(path: Path, config: TaskConfig, *, label_is_optional: bool = False) -> _Raw:
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder; give one of its files")
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
         hint = f" Did you mean {path.parent / near[0]}?" if near else ""
@@ -155,7 +158,7 @@ def _read(path: Path, config: TaskConfig, *, label_is_optional: bool = False) ->
 def _cell(row: Mapping[str, Any], column: str, *, path: Path, number: int) -> Any:
     if column not in row:
         near = difflib.get_close_matches(column, list(row), n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = separator_advice(list(row)) or (f" Did you mean {near[0]!r}?" if near else "")
         raise DataError(f"{path}: row {number} has no column {column!r}; it has {', '.join(map(repr, row))}.{hint}")
     value = row[column]
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):

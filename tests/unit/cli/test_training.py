@@ -203,3 +203,40 @@ def test_a_wrong_engine_section_is_told_by_the_reader_of_the_whole(
 ) -> None:
     assert main(["pretrain", run_yaml, override]) == 78
     assert f"run.yaml: {override.split('=')[0]}: " in capsys.readouterr().err
+
+
+def test_a_key_with_dashes_is_shown_without_them(run_yaml: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["pretrain", run_yaml, "--max_steps", "3"])
+    assert left.value.code == 2
+    assert "as in train.max_steps=100" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stage", "text", "said"),
+    [
+        ("pretrain", "task: {}", "has the section task, so it configures `dstrain finetune`"),
+        ("finetune", "data: {}", "has the section data, so it configures `dstrain pretrain`"),
+        ("pretrain", "# nothing yet", "holds no keys"),
+    ],
+)
+def test_a_file_of_the_other_stage_is_named_in_one_line(
+    stage: str, text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    assert main([stage, str(file)]) == 78
+    told = capsys.readouterr().err
+    assert f"{file}: {said}" in told
+    assert told.count("\n") == 1
+
+
+def test_a_run_of_the_other_stage_is_left_as_it_is(
+    run_yaml: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("stage: finetune\n")
+    assert main(["pretrain", run_yaml]) == 78
+    assert f"run_folder: {run}: holds a finetune run, this is pretrain" in capsys.readouterr().err
+    assert [path.name for path in run.iterdir()] == ["config.yaml"]

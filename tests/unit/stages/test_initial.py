@@ -52,7 +52,7 @@ def test_without_a_metric_the_newest_whole_one_is_taken(tmp_path: Path) -> None:
 
 
 def test_no_whole_checkpoint_says_why(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no valid checkpoint"):
+    with pytest.raises(ConfigError, match="no valid checkpoint; none was saved there yet: train first"):
         best_checkpoint(tmp_path)
     (save(tmp_path / "checkpoints", 4) / "config.yaml").unlink()
     with pytest.raises(ConfigError, match=r"no valid checkpoint \(.*config\.yaml: missing"):

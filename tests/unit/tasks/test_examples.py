@@ -154,6 +154,11 @@ def test_a_split_with_an_empty_side_says_what_to_do(tmp_path):
         ("t.csv", b"text,label\nx,a,b\n", r":2|line 2"),
         ("t.csv", b"text,label\nx,a\n\xff\xfe,b\n", r"3.*UTF-8"),
         ("t.csv", b"sentence,label\nx,a\n", r"row 2 has no column 'text'; it has 'sentence', 'label'"),
+        (
+            "t.tsv",
+            b"text,label\nx,a\n",
+            r"it has 'text,label'\. The columns seem to be separated by ',': name the file \.csv",
+        ),
         ("t.csv", b"text,lable\nx,a\n", r"no column 'label'; it has 'text', 'lable'\. Did you mean 'lable'"),
         ("t.csv", b"text,label\nx,a\ny,\n", r"row 3: column 'label' is empty"),
         ("t.csv", b"text,label\n,a\n", r"row 2: column 'text' is empty"),
