@@ -182,7 +182,7 @@ def _run(args: argparse.Namespace) -> int:
     from dstrain.base.config import validate
     from dstrain.cli.launch_batch import batch_options, submit_stage
     from dstrain.cli.launch_here import start_stage
-    from dstrain.cli.launch_stages import read_stage
+    from dstrain.cli.launch_stages import read_stage, say
     from dstrain.launcher.allocation import num_nodes
     from dstrain.launcher.choice import Situation, choose
     from dstrain.launcher.forwarding import check_forward
@@ -194,12 +194,16 @@ def _run(args: argparse.Namespace) -> int:
     given = {name: value for name, value in given.items() if value is not None}
     policy = validate(RestartPolicy, given, source="dstrain launch")
     plan, options = read_stage(args), batch_options(args)
+    has_sbatch = shutil.which("sbatch") is not None
+    if not has_sbatch and args.dry_run and (args.starter == "sbatch" or options.given()):
+        say("sbatch is not on PATH here; this is what a login node would submit")
+        has_sbatch = True
     gpus = _gpus() if plan.has_ranks and plan.device != "cpu" else 0
     choice = choose(
         Situation(
             plan.stage, args.starter, args.hostfile is not None, args.num_processes, options.given(),
             wants_gpus=plan.device == "cuda", cpu_only=plan.device == "cpu", gpus=gpus, allocation=num_nodes(os.environ),
-            has_sbatch=shutil.which("sbatch") is not None,
+            has_sbatch=has_sbatch,
         )
     )  # fmt: skip
     if choice.way == "sbatch":

@@ -84,6 +84,8 @@ def _for_ranks(here: Situation) -> Choice:
 
 def _check(here: Situation, choice: Choice) -> None:
     way = choice.way
+    if here.processes is not None and here.processes < 1:
+        raise ConfigError(f"--num-processes: must be 1 or more, got {here.processes}")
     if here.hostfile and way != "deepspeed":
         raise ConfigError(f"--hostfile is read by deepspeed, not by {way}: leave one of the two out")
     if here.batch_options and way != "sbatch":

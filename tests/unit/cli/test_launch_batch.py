@@ -128,3 +128,17 @@ def test_a_fault_is_one_line_and_nothing_is_submitted(
     assert message in said
     assert len(said.strip().splitlines()) == 1
     assert not calls.exists()
+
+
+def test_a_dry_run_needs_no_sbatch_and_a_submission_does(
+    config: Path, calls: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    assert main(["launch", "pretrain", str(config), "--nodes", "2", "--dry-run"]) == 0
+    out, said = capsys.readouterr()
+    assert "--nodes=2" in out
+    assert "#SBATCH" in out
+    assert "sbatch is not on PATH here; this is what a login node would submit" in said
+    assert main(["launch", "pretrain", str(config), "--nodes", "2"]) == 78
+    assert "sbatch is not on PATH" in capsys.readouterr().err
+    assert not calls.exists()

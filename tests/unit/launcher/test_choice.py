@@ -46,6 +46,8 @@ def test_the_way_that_fits_is_chosen_and_says_why(situation: Situation, way: str
 @pytest.mark.parametrize(
     ("situation", "message"),
     [
+        (here(processes=0), "--num-processes: must be 1 or more, got 0"),
+        (here(processes=-2, asked="torchrun"), "--num-processes: must be 1 or more, got -2"),
         (here(asked="torchrun", hostfile=True), "leave one of the two out"),
         (here(asked="srun", batch_options=("--time",)), "--time is an option of --with sbatch"),
         (here(hostfile=True, batch_options=("--nodes",), has_sbatch=True), "read by deepspeed, not by sbatch"),
