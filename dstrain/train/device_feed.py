@@ -9,15 +9,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dstrain.base.device import sent
 from dstrain.base.protocols import MicroBatch
 
 Shape = Callable[[MicroBatch], MicroBatch]
 _TWO_BYTES = 1 << 16
+
+
+class _OnItsWay(NamedTuple):
+    """A micro-batch whose copy is queued."""
+
+    batch: MicroBatch
+    arrived: Any
+    """An event behind the copy."""
 
 
 class DeviceFeed:
@@ -48,19 +57,22 @@ class DeviceFeed:
     def _shaped(self, batch: MicroBatch) -> MicroBatch:
         return batch if self._shape is None else self._shape(batch)
 
-    def _send(self, batch: MicroBatch) -> MicroBatch:
-        """Start copying; the result is ready when the feed's stream says so."""
-        sent = compact(self._shaped(batch))
+    def _send(self, batch: MicroBatch) -> _OnItsWay:
+        """Start copying."""
+        small = compact(self._shaped(batch))
         with torch.cuda.stream(self._stream):
-            return _each_tensor(sent, lambda t: t.pin_memory().to(self._device, non_blocking=True))
+            copied = _each_tensor(small, lambda t: sent(t, self._device))
+            arrived: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record(self._stream)
+        return _OnItsWay(copied, arrived)
 
-    def _receive(self, sent: MicroBatch) -> MicroBatch:
-        """Let the computing stream wait for the copy, not the host."""
+    def _receive(self, coming: _OnItsWay) -> MicroBatch:
+        """Let the computing stream wait for this copy, not for the one behind it; the host waits for none."""
         computing = torch.cuda.current_stream()
-        computing.wait_stream(self._stream)
-        for tensor in _tensors(sent):
+        computing.wait_event(coming.arrived)
+        for tensor in _tensors(coming.batch):
             tensor.record_stream(computing)
-        return spelled_out(sent)
+        return spelled_out(coming.batch)
 
 
 def compact(batch: MicroBatch) -> MicroBatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from dstrain.base.protocols import MicroBatch
 from dstrain.train.device_feed import DeviceFeed, compact, spelled_out
+from tests.support.fake_gpu import GPU, fake_gpu
 from tests.support.tiny_models import documents, packed
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
@@ -76,3 +78,46 @@ def test_a_gpu_gets_the_same_micro_batches_in_order() -> None:
     for sent, received in zip(batches, DeviceFeed("cuda")(batches)):
         assert received.tokens.device.type == "cuda"
         assert equal(sent, received)
+
+
+class Streams:
+    """CUDA's streams and events as far as a feed uses them, and what the computing stream has to wait for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sent, self.waited, self.recorded = 0, 0, 0
+        streams, here = self, contextlib.nullcontext
+
+        class Event:
+            def record(self, stream: object) -> None:
+                streams.sent += 1
+                self.number = streams.sent
+
+        class Stream:
+            def wait_stream(self, other: object) -> None:
+                streams.waited = streams.sent
+
+            def wait_event(self, event: Event) -> None:
+                streams.waited = max(streams.waited, event.number)
+
+        def record_stream(tensor: torch.Tensor, stream: object) -> None:
+            streams.recorded += 1
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: here())
+        monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+        monkeypatch.setattr(torch.Tensor, "record_stream", record_stream)
+
+
+def test_the_copy_of_the_next_micro_batch_is_begun_before_and_waited_for_after_the_present_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    streams = Streams(monkeypatch)
+    batches = [packed(documents((n, 3))) for n in (4, 5, 6)]
+    with fake_gpu():
+        for number, (received, given) in enumerate(zip(DeviceFeed("cuda")(batches), batches), 1):
+            assert received.tokens.device == received.positions.device == received.labels.device == GPU
+            assert received.tokens.shape == received.positions.shape == given.tokens.shape
+            assert received.tokens.dtype == received.targets.dtype == torch.int64
+            assert (streams.sent, streams.waited) == (min(number + 1, 3), number)
+            assert streams.recorded == 4 * number  # tokens, lengths, targets and labels are not freed too early
