@@ -88,6 +88,11 @@ def cpu_has_bf16() -> bool:
     return False
 
 
+def gpu_capability(device: str) -> tuple[int, int] | None:
+    """Compute capability of this process's GPU; None on a CPU, and where a run for GPUs is only planned."""
+    return torch.cuda.get_device_capability() if device == "cuda" and torch.cuda.is_available() else None
+
+
 def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
     """A tensor of the host on a device; a GPU's copy is queued from pinned memory, and the host does not wait for it."""
     if torch.device(device).type != "cuda":

@@ -38,8 +38,8 @@ class SegmentLayout:
     def block_mask(self, window: int | None) -> Any:
         """FlexAttention's mask for these segments."""
         if window not in self.block_masks:
-            total = sum(length * count for length, count in self.groups)
-            self.block_masks[window] = segment_block_mask(self.cu_seqlens, total, window)
+            lengths = [length for length, count in self.groups for _ in range(count)]
+            self.block_masks[window] = segment_block_mask(lengths, self.cu_seqlens, window)
         return self.block_masks[window]
 
 

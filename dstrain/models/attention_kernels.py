@@ -1,8 +1,8 @@
 """Which kernel attends inside segments, chosen once for a device and dtype, with the reason in words.
 
-    varlen      torch.nn.attention.varlen (flash attention inside torch): CUDA, half precision, no dropout
-    flash-attn  the package of that name where it is installed: CUDA, half precision, dropout as well
-    flex        FlexAttention with a block mask made for each micro-batch: CUDA, no dropout
+    varlen      torch.nn.attention.varlen (flash attention inside torch): Ampere or newer, half precision, no dropout
+    flash-attn  the package of that name where it is installed: Ampere or newer, half precision, dropout as well
+    flex        FlexAttention with a block mask made for each micro-batch: Ampere or newer, no dropout
     sdpa        scaled_dot_product_attention, equal lengths batched: everywhere, and on a CPU the only one
 
 None of them computes blocks that lie between two segments. Shapes as in `models.attention`.
@@ -12,19 +12,23 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dstrain.base.device import sent
 from dstrain.base.errors import ConfigError
 
 KernelChoice = Literal["auto", "varlen", "flash-attn", "flex", "sdpa"]
 _IN_ORDER = ("varlen", "flash-attn", "flex", "sdpa")
 _WIDEST_HEAD = 256
+_LEAST_CAPABILITY = (8, 0)  # of flash attention's kernels, and what Triton supports
+_BLOCK = 128  # of a block mask; FlexAttention's default
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -47,6 +51,8 @@ class Circumstances:
     head_width: int
     dropout: float
     """On attention weights, in training."""
+    capability: tuple[int, int] | None = None
+    """Of the GPU; None where there is none to ask."""
 
 
 def choose_kernel(wanted: KernelChoice, at: Circumstances) -> Choice:
@@ -77,6 +83,9 @@ def why_not(name: str, at: Circumstances) -> str | None:
         return None
     if at.device != "cuda":
         return "it runs on CUDA devices only"
+    if at.capability is not None and at.capability < _LEAST_CAPABILITY:
+        own, least = (".".join(map(str, version)) for version in (at.capability, _LEAST_CAPABILITY))
+        return f"it needs compute capability {least}, and this GPU has {own}"
     if name != "flex" and at.dtype not in _HALF:
         return f"it computes in bf16 and fp16, not in {str(at.dtype).removeprefix('torch.')}"
     if at.head_width > _WIDEST_HEAD or at.head_width % 8:
@@ -132,18 +141,56 @@ def attend_flash(
     return out
 
 
-def segment_block_mask(cu_seqlens: Tensor, num_tokens: int, window: int | None) -> Any:
-    """FlexAttention's block mask: same segment, and within the window."""
-    from torch.nn.attention.flex_attention import create_block_mask  # noqa: PLC0415  (imports inductor)
+def segment_block_mask(lengths: Sequence[int], cu_seqlens: Tensor, window: int | None) -> Any:
+    """FlexAttention's block mask: same segment, and within the window.
 
-    index = torch.arange(num_tokens, device=cu_seqlens.device, dtype=torch.int32)
+    Which blocks hold anything follows from the lengths, on the host; asking every pair of tokens on the device, as torch's
+    `create_block_mask` does, would take gigabytes for a micro-batch of some ten thousand.
+
+    Args:
+        lengths: (N,) of the segments.
+        cu_seqlens: (N+1,) their boundaries, on the tokens' device.
+        window: tokens to each side; None sees the whole segment.
+    """
+    from torch.nn.attention.flex_attention import BlockMask  # noqa: PLC0415  (imports inductor)
+
+    device, total = cu_seqlens.device, sum(lengths)
+    index = torch.arange(total, device=device, dtype=torch.int32)
     segment = torch.searchsorted(cu_seqlens[1:].contiguous(), index, right=True)
 
     def allowed(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same = segment[query] == segment[key]
         return same if window is None else same & ((query - key).abs() <= window)
 
-    return create_block_mask(allowed, None, None, num_tokens, num_tokens, device=str(cu_seqlens.device))
+    some, all_ = blocks_seen(lengths, window, block=_BLOCK)
+    partial, full = ([sent(part, device) for part in _ordered(blocks)] for blocks in (some & ~all_, all_))
+    return BlockMask.from_kv_blocks(
+        partial[0], partial[1], full[0], full[1], BLOCK_SIZE=_BLOCK, mask_mod=allowed, seq_lengths=(total, total)
+    )
+
+
+def blocks_seen(lengths: Sequence[int], window: int | None, *, block: int) -> tuple[Tensor, Tensor]:
+    """(blocks, blocks) whether any token of a row's block sees any of a column's, and whether each sees each."""
+    ends = np.cumsum(np.asarray(lengths))
+    total = int(ends[-1])
+    first = np.arange(0, total, block)
+    last = np.minimum(first + block, total) - 1
+    of_first, of_last = (np.searchsorted(ends, at, side="right") for at in (first, last))
+    begin, end = (ends - np.asarray(lengths))[of_first], ends[of_last] - 1
+    if window is not None:
+        begin, end = np.maximum(begin, first - window), np.minimum(end, last + window)
+    some = (first <= end[:, None]) & (last >= begin[:, None])
+    one = (of_first == of_last) & (last - first + 1 == block)
+    all_ = one[:, None] & one & (of_first[:, None] == of_first)
+    if window is not None:
+        all_ &= (last[:, None] - first <= window) & (last - first[:, None] <= window)
+    return torch.from_numpy(some), torch.from_numpy(all_)
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many columns of each row, and which come first: as FlexAttention wants them."""
+    order = blocks.int().argsort(dim=-1, descending=True, stable=True).int()
+    return blocks.sum(-1, dtype=torch.int32)[None, None], order[None, None]
 
 
 def attend_flex(query: Tensor, key: Tensor, value: Tensor, block_mask: Any, scale: float) -> Tensor:
@@ -157,7 +204,8 @@ def _flex_function(device: str) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention  # noqa: PLC0415
 
     plain = cast("Callable[..., Any]", flex_attention)
-    return torch.compile(plain, dynamic=False) if device == "cuda" else plain
+    # Shapes are left to the compiler: of static ones it gives up after eight, and then computes every pair of tokens.
+    return torch.compile(plain) if device == "cuda" else plain
 
 
 @lru_cache(maxsize=1)

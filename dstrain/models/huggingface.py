@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 
-from dstrain.base.device import Precision
+from dstrain.base.device import Precision, gpu_capability
 from dstrain.base.errors import ConfigError
 from dstrain.base.logs import get_logger
 from dstrain.models.anatomy import Anatomy, Sizes, anatomy_of
@@ -284,6 +284,7 @@ def choose_attention_kernel(module: nn.Module, wanted: KernelChoice, *, device: 
     at = Circumstances(
         device=device, dtype=_DTYPES[precision], head_width=_first_field(config, "hidden_size", "dim") // max(1, heads),
         dropout=float(next((value for value in dropouts if value is not None), 0.0)),
+        capability=gpu_capability(device),
     )  # fmt: skip
     choice = choose_kernel(wanted, at)
     module.kernel = choice.name  # type: ignore[assignment]

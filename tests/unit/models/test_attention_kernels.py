@@ -6,19 +6,24 @@ reference that reads its arguments as their documentation says.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import types
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 from dstrain.base.errors import ConfigError
 from dstrain.models import attention_kernels
 from dstrain.models.attention import segment_attention, segment_layout
-from dstrain.models.attention_kernels import Circumstances, choose_kernel
+from dstrain.models.attention_kernels import Circumstances, blocks_seen, choose_kernel
 from dstrain.models.huggingface import choose_attention_kernel
+from tests.support.fake_gpu import GPU, fake_gpu
 from tests.support.tiny_models import tiny_encoder, tiny_model
 
 LENGTHS = (9, 9, 5, 1)
@@ -72,6 +77,17 @@ def test_a_kernel_that_cannot_serve_is_refused(wanted: Any, circumstances: Circu
         ConfigError, match=f"model.attention_kernel: {wanted} is not possible here: .*{message}.*use auto"
     ):
         choose_kernel(wanted, circumstances)
+
+
+@pytest.mark.usefixtures("bare")
+@pytest.mark.parametrize("dtype", [torch.float16, FULL])
+def test_a_gpu_older_than_ampere_gets_the_one_kernel_that_runs_there(dtype: torch.dtype) -> None:
+    """fp16 exists for these GPUs."""
+    old = dataclasses.replace(at(dtype=dtype), capability=(7, 5))
+    choice = choose_kernel("auto", old)
+    assert choice.name == "sdpa"
+    assert "no flex: it needs compute capability 8.0, and this GPU has 7.5" in choice.reason
+    assert choose_kernel("auto", dataclasses.replace(old, capability=(9, 0))).name != "sdpa"
 
 
 def test_flash_attn_serves_where_it_is_installed_also_with_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +194,43 @@ def test_flex_masks_what_the_others_mask(window: int | None) -> None:
     found = segment_attention(*(x.detach() for x in qkv()), layout, scale=0.3, dropout=0.0, window=window)
     torch.testing.assert_close(found, answers("sdpa", window)[0], rtol=1e-5, atol=1e-5)
     assert list(layout.block_masks) == [window]
+
+
+@settings(max_examples=60)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8), window=st.none() | st.integers(0, 30),
+    block=st.sampled_from([1, 4, 16]),
+)  # fmt: skip
+def test_blocks_are_those_that_asking_every_pair_of_tokens_finds(
+    lengths: list[int], window: int | None, block: int
+) -> None:
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    size = -(-len(segment) // block) * block
+    pairs = torch.zeros(size, size, dtype=torch.bool)
+    distance = torch.arange(len(segment))[:, None] - torch.arange(len(segment))
+    seen = (segment[:, None] == segment) & (distance.abs() <= (size if window is None else window))
+    pairs[: len(segment), : len(segment)] = seen
+    by_block = pairs.view(size // block, block, size // block, block).transpose(1, 2).flatten(2)
+    some, all_ = blocks_seen(lengths, window, block=block)
+    assert torch.equal(some, by_block.any(-1))
+    assert torch.equal(all_, by_block.all(-1))
+
+
+@WINDOWS
+def test_a_block_mask_is_torchs_own(window: int | None) -> None:
+    lengths = (300, 140, 129, 3)
+    layout = segment_layout(lengths, device=torch.device("cpu"), kernel="flex")
+    ours = layout.block_mask(window)
+    theirs = create_block_mask(ours.mask_mod, None, None, sum(lengths), sum(lengths), device="cpu")
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+
+
+def test_a_block_mask_is_made_without_waiting_for_a_gpu() -> None:
+    with fake_gpu():
+        mask = segment_layout((300, 140, 3), device=torch.device("cuda"), kernel="flex").block_mask(64)
+        assert mask.kv_indices.device == mask.q_indices.device == GPU
 
 
 @on_a_gpu
