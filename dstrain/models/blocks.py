@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+_SHAPES = 64  # of micro-batches: those of a schedule of token dropping, of a warm-up of segments, of evaluations
+
 
 def encoder_blocks(model: nn.Module) -> list[nn.Module]:
     """The items of the longest ModuleList whose items are all of one class; empty where there is none.
@@ -32,10 +34,17 @@ def compile_blocks(model: nn.Module, *, backend: str = "inductor") -> int:
     Returns:
         How many blocks there are.
     """
+    allow_graphs(_SHAPES)
     blocks = encoder_blocks(model)
     for block in blocks:
         block.compile(backend=backend, dynamic=False)
     return len(blocks)
+
+
+def allow_graphs(number: int) -> None:
+    """Let this process compile so many graphs of one function; torch stops at 8, and runs further shapes uncompiled."""
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, number)
 
 
 def num_graphs() -> int:

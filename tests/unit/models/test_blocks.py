@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -45,3 +47,15 @@ def test_compiled_blocks_compute_the_same_and_are_compiled_once_for_all_document
         after_first = after_first or num_graphs()
     assert after_first > before
     assert num_graphs() == after_first, "a batch of the same size with other documents was compiled again"
+
+
+def test_every_shape_of_a_long_schedule_is_compiled() -> None:
+    """Of torch's own accord blocks are run uncompiled from the eighth graph on."""
+    torch._dynamo.reset()
+    model = tiny_encoder()
+    compile_blocks(model.model, backend="eager")
+    graphs = []
+    for length in range(20, 40):
+        model(packed(documents((length,))))
+        graphs.append(num_graphs())
+    assert all(later > earlier for earlier, later in pairwise(graphs))
