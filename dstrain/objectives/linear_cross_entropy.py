@@ -51,6 +51,10 @@ class LinearCrossEntropy:
         Returns:
             () float32 sum of the cross-entropies, differentiable, and () float32 number of right guesses.
         """
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden, weight, bias = _as_a_layer_would(hidden, weight, bias)
+            with torch.autocast(hidden.device.type, enabled=False):
+                return self(hidden, weight, bias, labels)
         if hidden.dtype == torch.float16:
             # Gradients of single logits are below fp16's smallest number until the loss scale is in them.
             return score_logits(functional.linear(hidden, weight, bias), labels)
@@ -72,6 +76,12 @@ class LinearCrossEntropy:
                 self._buffer = torch.empty(rows, vocab)
             buffer = self._buffer[:rows]
         return self._chunk(hidden, weight, bias, labels, buffer)  # type: ignore[no-any-return]
+
+
+def _as_a_layer_would(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """In the type that autocast takes for a linear layer; it does not reach products into a given place."""
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def rows_at_once(num_rows: int, vocab_size: int, *, limit_bytes: int) -> int:

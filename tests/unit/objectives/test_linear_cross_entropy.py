@@ -139,3 +139,19 @@ def test_chunks_are_even_whole_tiles(rows: int) -> None:
     assert size <= 256
     count = -(-rows // size)
     assert rows - (count - 1) * size > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("hidden", [torch.float32, torch.bfloat16])
+def test_under_autocast_it_computes_in_the_type_of_a_linear_layer(hidden: torch.dtype, dtype: torch.dtype) -> None:
+    tensors, labels = inputs(70, 9, bias=True, ignored=1)
+    expected, expected_hits, _ = fused(LinearCrossEntropy(), tensors, labels, factor=1.0, dtype=dtype)
+    states, weight, bias = (t.float().requires_grad_() for t in tensors if t is not None)
+    with torch.autocast("cpu", dtype):
+        loss, hits = LinearCrossEntropy(chunk_bytes=64 * 4 * 9)(states.to(hidden), weight, bias, labels)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert states.grad is not None
+    assert weight.grad is not None
+    assert states.grad.dtype == weight.grad.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-2)
+    assert abs(hits - expected_hits) <= 1
