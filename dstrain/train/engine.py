@@ -306,7 +306,7 @@ class Engine:
         return StepTotals(
             loss=loss,
             accuracy=accuracy,
-            gradient_norm=self._gradient_norm(),
+            gradient_norm=self._gate.gradient_norm(),
             applied=admitted and bool(self.engine.was_step_applied()),
             num_targets=counts.num_targets,
             num_tokens=counts.num_tokens,
@@ -383,16 +383,17 @@ class Engine:
             Interrupted: some rank was asked to stop; on all ranks after the same batch.
         """
         self.engine.eval()
-        totals = [0.0, 0.0, 0.0]
+        found = torch.zeros(2, dtype=torch.float64, device=self.device)
+        num_targets = 0
         try:
             for number, batch in enumerate(self._feed(batches)):
                 self._leave_together(should_leave, number)
                 with self._memory_faults("an evaluation", [batch]):
-                    loss_sum, hits = self.engine(batch)
-                totals = [totals[0] + float(loss_sum), totals[1] + float(hits), totals[2] + batch.num_targets]
+                    found += torch.stack(self.engine(batch))
+                num_targets += batch.num_targets
         finally:
             self.engine.train()
-        loss, correct, targets = self.control.sum_floats(totals)
+        loss, correct, targets = self.control.sum_floats([*found.tolist(), num_targets])
         return loss / max(1.0, targets), correct / max(1.0, targets), int(targets)
 
     @torch.no_grad()

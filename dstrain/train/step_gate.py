@@ -34,26 +34,33 @@ class StepGate:
         Args:
             gradient_norm: of the step that DeepSpeed is in.
         """
-        self._gradient_norm = gradient_norm
+        self._read_norm = gradient_norm
+        self._norm: float | None = None
         self._judge: Judge | None = None
         self._loss = 0.0
         self._admitted: bool | None = None
 
     def prepare(self, judge: Judge | None, *, loss: float) -> None:
         """A step's gradients are complete."""
-        self._judge, self._loss, self._admitted = judge, loss, None
+        self._judge, self._loss, self._admitted, self._norm = judge, loss, None, None
 
     def __call__(self) -> bool:
         """Whether the update may be done; the first call of a step asks the judge."""
         if self._judge is None:
             return True
         if self._admitted is None:
-            self._admitted = self._judge(loss=self._loss, gradient_norm=self._gradient_norm(), overflowed=False)
+            self._admitted = self._judge(loss=self._loss, gradient_norm=self.gradient_norm(), overflowed=False)
         return self._admitted
+
+    def gradient_norm(self) -> float:
+        """Of the step, read once: a GPU asked again after the update would be waited for until that is done."""
+        if self._norm is None:
+            self._norm = self._read_norm()
+        return self._norm
 
     def finish(self) -> bool:
         """Whether the update was admitted; tells the judge when the optimizer was never asked."""
         judge, self._judge = self._judge, None
         if judge is not None and self._admitted is None:
-            judge(loss=self._loss, gradient_norm=self._gradient_norm(), overflowed=True)
+            judge(loss=self._loss, gradient_norm=self.gradient_norm(), overflowed=True)
         return self._admitted is not False

@@ -48,3 +48,16 @@ def test_each_step_is_judged_anew_and_the_gate_is_open_between_steps() -> None:
         assert gate() is answer
         gate.finish()
         assert gate()
+
+
+def test_the_norm_of_a_step_is_read_once() -> None:
+    norms = iter([3.0, 4.0, 5.0])
+    gate = StepGate(lambda: next(norms))
+    gate.prepare(Recorder(True), loss=2.0)
+    gate()
+    gate.finish()
+    assert [gate.gradient_norm(), gate.gradient_norm()] == [3.0, 3.0]
+    gate.prepare(None, loss=2.0)
+    gate()
+    gate.finish()
+    assert [gate.gradient_norm(), gate.gradient_norm()] == [4.0, 4.0], "nobody judged it"
