@@ -15,11 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,11 +43,13 @@ def bert(hidden: int, layers: int, positions: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(job: Job, processes: int, *, script: Path = HERE / "step_peers.py") -> dict[str, Any]:
+def measure(
+    job: Job, processes: int, *, script: Path = HERE / "step_peers.py", limit_s: float | None = None
+) -> dict[str, Any]:
     """One run in processes of its own; tokens and CPU-seconds of all, wall-clock seconds and losses of rank 0.
 
     Raises:
-        SystemExit: a process failed; with the end of what it said.
+        SystemExit: a process failed, with the end of what it said; or it was not done within the limit, and was killed.
     """
     path = Path(f"{job.out}.json")
     path.write_text(json.dumps(asdict(job)))
@@ -54,17 +58,23 @@ def measure(job: Job, processes: int, *, script: Path = HERE / "step_peers.py") 
         port = probe.getsockname()[1]
     running = []
     for rank in range(processes):
-        environment = {**os.environ, "OMP_NUM_THREADS": str(job.threads), "TOKENIZERS_PARALLELISM": "false"}
+        environment = {
+            **os.environ, "OMP_NUM_THREADS": str(job.threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+        }  # fmt: skip
         if job.device == "cpu":
             environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        elif processes == 1:  # of several GPUs the Trainer would take all
+            environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         if processes > 1 or job.peer in ("dstrain", "hand", "hf-deepspeed"):
             environment |= {
                 "RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(processes),
                 "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             }  # fmt: skip
         command = [sys.executable, str(script), str(path)]
-        running.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
-    errors = [process.communicate()[1].decode() for process in running]
+        running.append(subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+        ))  # fmt: skip
+    errors = _ended(running, limit_s)
     if any(process.returncode for process in running):
         raise SystemExit(f"{job.peer} failed:\n" + "\n".join(text[-3000:] for text in errors))
     parts = [json.loads(Path(f"{job.out}.{rank}").read_text()) for rank in range(processes)]
@@ -72,6 +82,25 @@ def measure(job: Job, processes: int, *, script: Path = HERE / "step_peers.py") 
         **parts[0], "tokens": sum(p["tokens"] for p in parts), "cpu_s": sum(p["cpu_s"] for p in parts),
         "losses": [statistics.fmean(p["losses"][n] for p in parts) for n in range(len(parts[0]["losses"]))],
     }  # fmt: skip
+
+
+def _ended(running: list[subprocess.Popen[bytes]], limit_s: float | None) -> list[str]:
+    """What each process said on stderr; all are killed, with what they started, when one takes too long or the wait is broken off."""
+    end = None if limit_s is None else time.monotonic() + limit_s
+    try:
+        return [
+            process.communicate(timeout=None if end is None else max(0.0, end - time.monotonic()))[1].decode(
+                errors="replace"
+            )
+            for process in running
+        ]
+    except subprocess.TimeoutExpired:
+        raise SystemExit(f"killed after {limit_s:.0f} s") from None
+    finally:
+        for process in running:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> list[str]:

@@ -171,6 +171,7 @@ def _by_hand(job: Job, parts: Any, site: Any, steps: Iterable[tuple[int, Any]]) 
 
     from dstrain.models.blocks import compile_blocks
     from dstrain.train.compiling import choose_compiling, few_shapes
+    from dstrain.train.device_feed import DeviceFeed
     from dstrain.train.ds_config import EngineConfig
 
     model = parts.model.to(job.device)
@@ -185,14 +186,12 @@ def _by_hand(job: Job, parts: Any, site: Any, steps: Iterable[tuple[int, Any]]) 
     ]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.999), eps=1e-8, fused=True)
     clock = Clock(job)
+    feed = DeviceFeed(job.device)
     for step, data in steps:
         [batch] = data.micro_batches
         if compiling.enabled:
             batch = few_shapes(batch, usual_tokens=job.rows * job.row_length)
-        if job.device == "cuda":
-            from dstrain.train.device_feed import DeviceFeed
-
-            [batch] = DeviceFeed("cuda")([batch])
+        [batch] = feed([batch])
         count = torch.tensor(float(batch.num_targets))
         if site.world.size > 1:
             distributed.all_reduce(count)
@@ -290,6 +289,7 @@ def _arguments(job: Job, arguments: Any) -> Any:
         output_dir=str(Path(job.folder) / "hf"), per_device_train_batch_size=batch, max_steps=job.warmup + job.steps,
         learning_rate=LEARNING_RATE, lr_scheduler_type="constant", weight_decay=WEIGHT_DECAY, optim="adamw_torch_fused",
         seed=SEED, logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
+        dataloader_drop_last=True,  # a last batch of another size would be compiled anew inside the clock
         use_cpu=job.device == "cpu", bf16=job.precision == "bf16", dataloader_num_workers=0, remove_unused_columns=False,
         ddp_backend="gloo" if "RANK" in os.environ and job.peer != "hf-deepspeed" and job.device == "cpu" else None, **more,
     )  # fmt: skip
