@@ -27,14 +27,19 @@ def make_private(run_folder: Path) -> None:
 
 
 def check_place(run_folder: Path) -> None:
-    """Refuse a run folder that any user of the machine could replace.
+    """Refuse a run folder that cannot be written to, or that any user of the machine could replace.
 
     Raises:
-        ConfigError: the folder itself, or the one it would be made in, may be written by everybody and is not sticky, as
-            /tmp is.
+        ConfigError: a part of its path is a file or may not be written to; or the folder itself, or the one it would be
+            made in, may be written by everybody and is not sticky, as /tmp is.
     """
     place = Path(os.path.realpath(run_folder))
-    checked = [place, place.parent] if place.exists() else [next(p for p in place.parents if p.exists())]
+    nearest = next(p for p in (place, *place.parents) if p.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"run_folder: {run_folder}: {nearest} is a file: choose another folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"run_folder: {run_folder}: you may not write into {nearest}: choose another folder")
+    checked = [place, place.parent] if place.exists() else [nearest]
     for folder in checked:
         mode = folder.stat().st_mode
         if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:

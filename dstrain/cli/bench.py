@@ -66,10 +66,11 @@ def _run(args: argparse.Namespace) -> int:
     effort = Effort(
         warmup=args.warmup, steps=args.steps, limit_s=args.seconds, compile_blocks=compiles, learning=args.learning
     )
+    if args.out is not None:
+        make_directory(args.out)  # a wrong name is better said before minutes of measuring than after them
     found = bench(config, effort, say=lambda line: print(line, file=sys.stderr, flush=True))
     print(json.dumps(as_json(found), indent=1) if args.json else markdown(found))
     if args.out is not None:
-        make_directory(args.out)
         write_text(args.out / "bench.md", markdown(found))
         write_json(args.out / "bench.json", as_json(found))
         write_text(args.out / "bench.svg", svg(found))

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dstrain.base.errors import ExitCode
+from dstrain.base.errors import ConfigError, ExitCode
 from dstrain.cli import shards_bench, shards_build, shards_foreign
 
 _INSPECT_EPILOG = """
@@ -58,6 +58,8 @@ def run_inspect(args: argparse.Namespace) -> int:
     from dstrain.data.inspect import inspect_dataset
     from dstrain.foreign.open import open_dataset
 
+    if args.samples < 0:
+        raise ConfigError(f"--samples: must be 0 or more, got {args.samples}")
     found = inspect_dataset(args.path, num_samples=args.samples, open_split=open_dataset)
     if args.json:
         print(json.dumps(found, indent=1, ensure_ascii=False))

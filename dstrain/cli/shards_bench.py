@@ -66,6 +66,8 @@ def run_bench(args: argparse.Namespace) -> int:
     for name in ("global_batch", "micro_batch", "gpus_per_node", "threads", "world"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}: must be 1 or more, got {getattr(args, name)}")
+    if not args.seconds > 0:
+        raise ConfigError(f"--seconds: must be above 0, got {args.seconds}")
     need = _need(args)
     settings = BenchSettings(seconds=args.seconds, rank_share=args.world or args.gpus_per_node, threads=args.threads)
     measured = bench_loader(_config(args), settings)

@@ -193,9 +193,10 @@ class _Reading:
 
     def _kept(self, sources: Sequence[Source], progress: Any) -> Iterator[str]:
         share = self._config.sample_share
-        count = 0
+        count = count_empty = 0
         for document in read_documents(sources, self._config.corpus, on_bytes=progress.update):
             count += 1
+            count_empty += not document.text
             document, reason = self._filters.apply(document)
             if reason is not None:
                 self.dropped[reason] += 1
@@ -210,6 +211,9 @@ class _Reading:
                 self.measured.add(data, place)
                 continue
             yield document.text
+        if count == count_empty:
+            names = ", ".join(source.name for source in sources[:3]) + (", ..." if len(sources) > 3 else "")
+            raise DataError(f"{names}: the corpus is empty ({count} documents, none with text)")
         if count and self.dropped.total() == count:
             reasons = ", ".join(f"{reason} {n}" for reason, n in self.dropped.most_common(5))
             raise DataError(f"the filters drop all {count} documents ({reasons}); loosen them")

@@ -300,7 +300,7 @@ def _counted(texts: Iterable[str], progress: Any) -> Iterator[str]:
             empty = False
             yield text
     if empty:
-        raise DataError("no text to train a tokenizer on: the corpus is empty")
+        raise DataError("no text to train a tokenizer on: the corpus is empty, or the sample of it is")
 
 
 def _check_room(vocab_size: int, needed: int) -> None:

@@ -61,3 +61,16 @@ def test_a_link_is_judged_by_where_it_leads(tmp_path):
     (tmp_path / "run").symlink_to(tmp_path / "open" / "run")
     with pytest.raises(ConfigError, match="may write into"):
         check_place(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["file", "file/run"])
+def test_a_file_is_no_place_for_a_run(name, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"run_folder: .*file is a file: choose another folder"):
+        check_place(tmp_path / name)
+
+
+def test_a_place_that_may_not_be_written_to_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere but on a read-only disk
+    with pytest.raises(ConfigError, match=rf"you may not write into {tmp_path}: choose another folder"):
+        check_place(tmp_path / "run")

@@ -45,7 +45,11 @@ def test_a_waterfall_is_measured_and_written(
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--steps", "0"], "--steps: must be 1 or more"), (["--seconds", "0"], "--seconds: must be above 0")],
+    [
+        (["--steps", "0"], "--steps: must be 1 or more"),
+        (["--seconds", "0"], "--seconds: must be above 0"),
+        (["--out", __file__], "the name is taken already"),
+    ],
 )
 def test_bad_numbers_are_refused(
     arguments: list[str], message: str, settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -41,6 +41,8 @@ def test_inspect_shows_counts_and_text(work, capsys):
     assert "59 in 1 blocks" in shown
     assert "matches" in shown
     assert "red" in shown
+    with pytest.raises(ConfigError, match="--samples: must be 0 or more, got -1"):
+        run("shards", "inspect", work / "shards", "--samples", "-1")
     assert run("shards", "inspect", work / "shards" / "train", "--json") == ExitCode.COMPLETE
     assert list(json.loads(capsys.readouterr().out)["splits"]) == ["train"]
 

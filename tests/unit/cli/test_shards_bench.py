@@ -41,6 +41,7 @@ def test_without_a_need_there_is_no_forecast(shards: Path, capsys: pytest.Captur
         (("--gpu", "h100", "--need-mtok-s", "1"), "not both"),
         (("--need-mtok-s", "-1"), "--need-mtok-s"),
         (("--threads", "0"), "--threads"),
+        (("--seconds", "0"), "--seconds: must be above 0"),
         (("--global-batch", "100000"), "global_batch"),
         (("data.nonsense=1",), "nonsense"),
     ],

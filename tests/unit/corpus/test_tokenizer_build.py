@@ -49,6 +49,15 @@ def test_a_bad_line_names_file_and_line_and_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["c.txt"]
 
 
+@pytest.mark.parametrize(("text", "count"), [("", 0), ('{"text": ""}\n', 1)])
+def test_an_empty_corpus_is_named(text, count, tmp_path):
+    source = tmp_path / "c.jsonl"
+    source.write_text(text)
+    with pytest.raises(DataError, match=rf"c\.jsonl: the corpus is empty \({count} documents, none with text\)"):
+        build_tokenizer([str(source)], out=tmp_path / "tok", quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["c.jsonl"]
+
+
 def train(inputs, out, **settings) -> TokenizerReport:
     config = TokenizerBuildConfig(**{"vocab_size": 300, **settings})
     return build_tokenizer([str(path) for path in inputs], out=out, config=config, quiet=True)
