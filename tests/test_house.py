@@ -44,7 +44,6 @@ TESTED_ELSEWHERE = {
     "health/sanity.py": "all checks in order: tests/unit/stages/test_sanity.py, tests/fault/test_start.py",
     "stages/audit.py": "a sound run and every doctored copy of it, in tests/stages/test_audit.py",
     "stages/evaluate.py": "repeats the run's own numbers in tests/stages/test_pipeline.py, refuses in tests/stages/test_bad_input.py",
-    "stages/export.py": "plain transformers reads the folder in tests/stages/test_pipeline.py, refused in tests/stages/test_bad_input.py",
     "stages/passage.py": "what dropped layers leave to do, by a real bench: tests/unit/planner/test_bench_variant.py",
     "stages/pretrain.py": "any world size in tests/dist/test_world_size.py, refusals in tests/stages/test_bad_input.py",
     "stages/run.py": "bitwise resume in tests/dist/test_world_size.py, stops in tests/fault/test_stop.py, tests/stages/test_pipeline.py",

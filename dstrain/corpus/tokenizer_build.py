@@ -131,6 +131,8 @@ def build_tokenizer(
     config = config or TokenizerBuildConfig()
     sources = find_sources(inputs)
     request = _request(sources, config)
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out}: is a file; choose another --out")
     if out.is_dir() and any(out.iterdir()):
         if not overwrite and (out / TRAINING_NAME).exists() and read_json(out / TRAINING_NAME) == request:
             _LOG.info("%s exists already, trained from the same inputs and settings: nothing to do", out)

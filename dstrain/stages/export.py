@@ -59,16 +59,15 @@ def export_run(
         out: folder to make.
         step: checkpoint to export; None takes the best by metric, else the newest valid one.
         average: `last:K` exports the mean of the K newest checkpoints (up to `step`).
-        overwrite: replace `out` if it exists.
+        overwrite: replace `out` if it is a model's folder.
 
     Raises:
-        ConfigError: no such run or checkpoint, or `out` exists.
+        ConfigError: no such run or checkpoint, or `out` exists, or is nothing that may be replaced.
         CheckpointError: the exported logits differ.
     """
     if not run_folder.is_dir():
         raise ConfigError(f"{run_folder}: no such run folder")
-    if out.exists() and not overwrite:
-        raise ConfigError(f"{out}: exists already; give another --out, or --overwrite to replace it")
+    _check_target(out, run_folder, overwrite=overwrite)
     mean = average_of(run_folder, average, step=step) if average is not None else None
     checkpoint = mean.newest if mean is not None else best_checkpoint(run_folder, step=step)
     tokenizer = Tokenizer.load(checkpoint.folder / "tokenizer")
@@ -96,6 +95,21 @@ def export_run(
             remove_directory(staging)
     parameters = sum(p.numel() for p in module.parameters())
     return ExportReport(step=checkpoint.manifest.step, num_parameters=parameters, max_difference=difference)
+
+
+def _check_target(out: Path, run_folder: Path, *, overwrite: bool) -> None:
+    """Only an earlier export is ever removed: --overwrite behind a wrong --out must not cost a run or a corpus."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ConfigError(f"{out}: is a file; give another --out")
+    if run_folder.resolve().is_relative_to(out.resolve()):
+        raise ConfigError(f"{out}: holds the run itself; give another --out")
+    if not overwrite:
+        raise ConfigError(f"{out}: exists already; give another --out, or --overwrite to replace it")
+    is_model = (out / "config.json").is_file() and any(out.glob("*.safetensors"))
+    if any(out.iterdir()) and not is_model:
+        raise ConfigError(f"{out}: holds something that is no exported model; give another --out, or empty it")
 
 
 def _trim_tokenizer_inputs(module: nn.Module, folder: Path) -> None:

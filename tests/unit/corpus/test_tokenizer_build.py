@@ -38,6 +38,8 @@ def test_a_folder_that_is_no_tokenizer_is_never_replaced(corpus, tmp_path):
     for overwrite in (False, True):
         with pytest.raises(DataError, match="exists"):
             build_tokenizer([str(corpus)], out=tmp_path, overwrite=overwrite, quiet=True)
+        with pytest.raises(DataError, match=r"thesis\.tex: is a file; choose another --out"):
+            build_tokenizer([str(corpus)], out=tmp_path / "thesis.tex", overwrite=overwrite, quiet=True)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
