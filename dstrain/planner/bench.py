@@ -17,14 +17,15 @@ import psutil
 import torch
 
 from dstrain.base.config import to_plain, validate
-from dstrain.base.device import Precision, choose_device, choose_precision, device_name
+from dstrain.base.device import Precision, choose_device, choose_precision, device_name, gpu_capability
 from dstrain.base.errors import ConfigError, DstrainError
 from dstrain.base.storage import read_json, write_json
 from dstrain.models.anatomy import Anatomy
+from dstrain.models.attention_kernels import Circumstances, why_not
 from dstrain.monitor.flops import Passage
 from dstrain.planner.calibration import calibrated_device, device_of
 from dstrain.planner.devices import Device, find_device
-from dstrain.planner.probe import Clock, Measured, measure_attention, measure_bandwidth, measure_products
+from dstrain.planner.probe import DTYPES, Clock, Measured, measure_attention, measure_bandwidth, measure_products
 from dstrain.planner.steptime import Stack, micro_batch_seconds
 from dstrain.planner.variants import Job, Variant, learning_variants, variants
 from dstrain.planner.waterfall import Measurement, Waterfall
@@ -34,6 +35,7 @@ from dstrain.train.footprint import Batch
 
 CEILING = Stack("ceiling", fused=True, efficiency=1.0, launch_factor=0.0)
 _ERROR_BYTES = 2000
+_PREPARING_S = 900.0  # for imports, the model, compiling and the warm-up; what takes longer hangs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +107,17 @@ def ceilings(anatomy: Anatomy, *, sequence_length: int, device: str, precision: 
     bandwidth = measure_bandwidth(
         device=device, precision=precision, num_bytes=(1 << 30) if on_gpu else (64 << 20), clock=clock
     )
+    circumstances = Circumstances(
+        device=device, dtype=DTYPES[precision], head_width=anatomy.hidden // anatomy.heads, dropout=0.0,
+        capability=gpu_capability(device),
+    )  # fmt: skip
     attention = measure_attention(
         sorted({min(128, sequence_length), sequence_length}), tokens=max(tokens, sequence_length), heads=anatomy.heads,
         width=anatomy.hidden // anatomy.heads, device=device, precision=precision, clock=clock,
-        kernel="varlen" if on_gpu and precision != "fp32" else "sdpa",
+        kernel="sdpa" if why_not("varlen", circumstances) else "varlen",
     )  # fmt: skip
+    if on_gpu:
+        torch.cuda.empty_cache()  # for the variants, which are other processes
     memory = torch.cuda.mem_get_info()[1] if on_gpu else psutil.virtual_memory().total
     return Measured(
         device=device, name=device_name(device), precision=precision, threads=torch.get_num_threads(),
@@ -176,7 +184,13 @@ def _in_a_process(config: dict[str, Any], variant: Variant, effort: Effort, scra
         Job(config, variant.head, warmup=effort.warmup, steps=effort.steps, limit_s=effort.limit_s, out=str(out))
     ))  # fmt: skip
     command = [sys.executable, "-m", "dstrain.planner.bench_variant", str(job)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, errors="replace")
+    limit_s = effort.limit_s + _PREPARING_S
+    try:
+        ended = subprocess.run(
+            command, capture_output=True, text=True, check=False, errors="replace", timeout=limit_s
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"it was not done after {limit_s:.0f} s, and was killed") from None
     if ended.returncode or not out.is_file():
         lines = [line for line in ended.stderr[-_ERROR_BYTES:].splitlines() if line.strip()]
         raise ConfigError(lines[-1] if lines else f"it ended with code {ended.returncode} and said nothing")

@@ -30,7 +30,7 @@ from dstrain.train.device_feed import DeviceFeed
 from dstrain.train.ds_config import EngineConfig
 from dstrain.train.memory import is_out_of_memory
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _LEAST_RUNS, _MOST_RUNS = 3, 50
 
 
@@ -123,8 +123,8 @@ def measure_products(
     """Rates of matrix products (tokens, inputs, outputs), the GEMM ceiling by shape."""
     found = []
     for tokens, inputs, outputs in shapes:
-        left = torch.randn(tokens, inputs, device=device, dtype=_DTYPES[precision])
-        right = torch.randn(outputs, inputs, device=device, dtype=_DTYPES[precision])
+        left = torch.randn(tokens, inputs, device=device, dtype=DTYPES[precision])
+        right = torch.randn(outputs, inputs, device=device, dtype=DTYPES[precision])
         seconds = clock.median(lambda left=left, right=right: left @ right.T)  # type: ignore[misc]
         found.append(ProductRate(tokens, inputs, outputs, 2 * tokens * inputs * outputs / seconds))
     return found
@@ -132,7 +132,7 @@ def measure_products(
 
 def measure_bandwidth(*, device: str, precision: Precision, num_bytes: int, clock: Clock) -> float:
     """Bytes/s of c = a + b over arrays of `num_bytes` each, two reads and a write counted."""
-    dtype = _DTYPES[precision]
+    dtype = DTYPES[precision]
     first = torch.ones(num_bytes // dtype.itemsize, device=device, dtype=dtype)
     second, result = torch.ones_like(first), torch.empty_like(first)
     seconds = clock.median(lambda: torch.add(first, second, out=result))
@@ -147,7 +147,7 @@ def measure_attention(
     found = []
     for length in lengths:
         segments = max(1, tokens // length)
-        total, dtype = segments * length, _DTYPES[precision]
+        total, dtype = segments * length, DTYPES[precision]
         layout = segment_layout((length,) * segments, device=torch.device(device), kernel=kernel)
         query, key, value = (
             torch.randn(1, total, heads, width, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
@@ -174,7 +174,7 @@ def build_model(
     choose_attention_kernel(model, config.attention_kernel, device=device, precision=precision)
     if choose_compiling(engine, device=device, unpadded=model.attention == "unpadded").enabled:
         compile_blocks(model.model)
-    return model.to(device=device, dtype=_DTYPES[precision]).train()
+    return model.to(device=device, dtype=DTYPES[precision]).train()
 
 
 def measure_steps(

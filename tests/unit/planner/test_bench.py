@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 from dstrain.base.config import validate
 from dstrain.base.errors import ConfigError
 from dstrain.monitor.flops import ModelShape, flops_per_token
-from dstrain.planner.bench import higher, useful_flops, variant_config
+from dstrain.planner import bench
+from dstrain.planner.bench import Effort, higher, useful_flops, variant_config
 from dstrain.planner.devices import find_device
 from dstrain.planner.probe import AttentionRate, Measured, ProductRate
 from dstrain.planner.variants import Variant, variants
@@ -36,6 +38,20 @@ def test_a_variant_has_one_micro_batch_a_step_and_a_run_folder_of_its_own(
         assert found["run_folder"] == str(tmp_path / "run")
         assert found["seed"] == 7
     assert found["train"]["micro_batch"] == 8
+
+
+def test_a_variant_that_hangs_is_killed_and_told_and_the_others_go_on(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hang(command: list[str], *, timeout: float, **_: Any) -> None:
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(bench.subprocess, "run", hang)
+    config = validate(PretrainConfig, settings, source="test")
+    chosen = variants(model_type="bert", compiles=False, micro_batch=4)[:2]
+    done, failed = bench._measure_all(config, chosen, Effort(limit_s=5.0), say=lambda line: None)
+    assert done == []
+    assert [reason for _, reason in failed] == ["it was not done after 905 s, and was killed"] * 2
 
 
 def test_keys_that_do_not_go_together_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
