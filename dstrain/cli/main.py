@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dstrain.base.errors import DstrainError, PeerError
 from dstrain.base.secrets import redact
 from dstrain.cli import audit, bench, demo, doctor, export, launch, plan, shards, status, tokenizer, training
+from dstrain.cli.process_end import run_and_leave
 
 _EPILOG = """
 the way from text to a model:
@@ -85,12 +86,12 @@ def guarded(action: Callable[[], int]) -> int:
 
 def entry() -> None:
     """The console script."""
-    sys.exit(main())
+    run_and_leave(main)
 
 
 def stage_entry(stage: str) -> None:
     """What launch/*.py call: the same as `dstrain STAGE`, with the launcher's own arguments accepted."""
-    sys.exit(main([stage, *sys.argv[1:]]))
+    run_and_leave(lambda: main([stage, *sys.argv[1:]]))
 
 
 if __name__ == "__main__":  # `python -m dstrain.cli.main`, and what launchers start with --module

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dstrain.base.config import Config, merge, parse_overrides, read_yaml, validate
 from dstrain.base.errors import ConfigError, DstrainError, MachineError, PeerError
 from dstrain.base.privacy import make_private
-from dstrain.base.protocols import ShouldLeave, never
 from dstrain.base.rank_settings import RankSettings
 from dstrain.base.secrets import refuse_redacted
 from dstrain.base.world import World
@@ -165,7 +164,9 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def said_once(world: World, read: Callable[[], ResultT], *, should_leave: ShouldLeave = never) -> ResultT:
+def said_once(
+    world: World, read: Callable[[], ResultT], *, should_leave: Callable[[], bool] = lambda: False
+) -> ResultT:
     """Read what decides the run, before the ranks have met; of those that find a fault one says it, and all leave.
 
     Args:

@@ -8,7 +8,6 @@ trained on, when to save or when to stop.
 from __future__ import annotations
 
 import functools
-import gc
 import importlib
 import logging
 import os
@@ -177,8 +176,6 @@ def stop_processes(world: World) -> None:
     a test) would find them destroyed. There is no peer to wait for, so nothing is lost.
     """
     if world.size > 1 and distributed.is_initialized():
-        # An abort at exit ("terminate called without an active exception") was seen twice at stage 3, cause unknown, and not since.
-        gc.collect()
         distributed.destroy_process_group()
 
 
