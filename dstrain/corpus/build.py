@@ -7,6 +7,7 @@ published with one rename; a rerun does only what is missing. Memory stays bound
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -326,7 +327,7 @@ def _check_space(job: Job, out: Path, sources: Sequence[Source]) -> None:
     needed, free = _scratch_bytes(estimate_sizes(sources)), free_bytes(out.parent)
     if free < needed * _SCRATCH_SHARE:
         raise StorageError(
-            f"{out.parent}: {free / 2**30:.1f} GiB free, and the build needs about {needed / 2**30:.1f} GiB for text in "
+            f"{out.parent}: {free // 2**20:,} MiB free, and the build needs about {math.ceil(needed / 2**20):,} MiB for text in "
             "buckets and shards. Free some space, or build with --out on a larger disk"
         )
 

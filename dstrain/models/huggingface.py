@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -29,7 +30,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from dstrain.base.device import Precision, gpu_capability
-from dstrain.base.errors import ConfigError
+from dstrain.base.errors import ConfigError, StorageError
 from dstrain.base.logs import get_logger
 from dstrain.models.anatomy import Anatomy, Sizes, anatomy_of
 from dstrain.models.attention_kernels import Circumstances, KernelChoice, choose_kernel
@@ -302,9 +303,18 @@ def architecture_of(module: nn.Module) -> dict[str, Any]:
 
 
 def save_folder(module: nn.Module, folder: Path) -> None:
-    """Write config.json and model.safetensors of the wrapped model, as plain transformers would."""
+    """Write config.json and model.safetensors of the wrapped model, as plain transformers would.
+
+    Raises:
+        StorageError: the disk is full or failing.
+    """
     model = cast(PreTrainedModel, module.model)
-    model.save_pretrained(str(folder))
+    try:
+        model.save_pretrained(str(folder))
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"{folder}: cannot be written: {error}. Make room there, or write to another disk"
+        ) from error
 
 
 def accepted_inputs(module: nn.Module) -> frozenset[str]:

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dstrain.base.control import ControlPlane
-from dstrain.base.errors import ConfigError
+from dstrain.base.errors import ConfigError, StorageError
 from dstrain.models.config import ModelConfig
 from dstrain.models.encoders import SequenceClassifier
 from dstrain.models.huggingface import (
@@ -294,6 +295,15 @@ def test_a_weight_of_another_shape_or_none_names_itself() -> None:
 def test_a_head_of_another_width_is_refused_not_kept_random() -> None:
     with pytest.raises(ConfigError, match=r"classifier\.weight has shape \(5, 32\), the model needs \(3, 32\)"):
         initialise(classifier(3), named(classifier(5)), source="elsewhere")
+
+
+def test_a_full_disk_is_no_defect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(StorageError, match=r"cannot be written: .*No space left on device.*Make room there"):
+        save_folder(tiny_model("bert", attention="padded"), tmp_path)
 
 
 def test_a_saved_folder_is_read_back_with_its_weights_and_sizes(tmp_path: Path) -> None:
