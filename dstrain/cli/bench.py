@@ -55,6 +55,7 @@ def _run(args: argparse.Namespace) -> int:
     from dstrain.cli.training import load_stage_config
     from dstrain.planner.bench import Effort, bench
     from dstrain.planner.waterfall import as_json, markdown, svg
+    from dstrain.stages.training_data import load_tokenizer
 
     for name in ("steps", "warmup"):
         if getattr(args, name) < 1:
@@ -62,6 +63,7 @@ def _run(args: argparse.Namespace) -> int:
     if not args.seconds > 0:
         raise ConfigError(f"--seconds: must be above 0, got {args.seconds}")
     config = load_stage_config("pretrain", args.config, args.overrides)
+    load_tokenizer(config.data)  # shards that are not there are said now, not after the ceilings
     compiles = {"auto": None, "yes": True, "no": False}[args.compile]
     effort = Effort(
         warmup=args.warmup, steps=args.steps, limit_s=args.seconds, compile_blocks=compiles, learning=args.learning

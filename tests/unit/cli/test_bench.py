@@ -57,3 +57,13 @@ def test_bad_numbers_are_refused(
     config = write_config(tmp_path / "run.yaml", settings)
     assert main(["bench", str(config), *arguments]) == 78
     assert message in capsys.readouterr().err
+
+
+def test_missing_shards_are_said_before_anything_is_measured(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path / "run.yaml", settings)
+    assert main(["bench", str(config), f"data.path={tmp_path / 'none'}"]) == 78
+    said = capsys.readouterr().err
+    assert "none: no such folder; build it with" in said
+    assert "ceilings" not in said
