@@ -313,6 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepare(corpus, args.work.resolve(), args.vocab)
     bench = Bench(args.work.resolve(), size, seconds=args.seconds, results=[])
     best = measure(bench, chosen, seeds=args.seeds, widen=args.widen)
+    args.results.mkdir(parents=True, exist_ok=True)
     report(facts, size, bench.results, chosen, best, args.name, args.results)
 
 

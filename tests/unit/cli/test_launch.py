@@ -97,7 +97,7 @@ def test_saves_that_were_measured_decide_what_a_grace_must_be(config: Path, caps
         (["--with", "srun"], "SLURM_JOB_NODELIST is not set"),
         (["--hostfile", "/nowhere"], "/nowhere"),
         (["--hostfile", "/nowhere", "--with", "torchrun"], "leave one of the two out"),
-        (["--num-processes", "-1"], "--num-processes -1"),
+        (["--num-processes", "-1"], "--num-processes: must be 1 or more, got -1"),
         (["--num-processes", "16"], "16 ranks and train.global_batch=12"),
         (["--interface", "nowhere0"], "engine.interface: 'nowhere0' does not exist"),
         (["--interface", "^lo"], "no interface name"),
