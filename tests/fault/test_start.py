@@ -61,7 +61,7 @@ def test_a_stop_request_ends_the_wait_for_ranks_that_have_not_come(tmp_path: Pat
         wait_for(lambda: (tmp_path / "run/health/rank-00002.json").exists(), job=job)
         time.sleep(0.5)
         job.signal(signal.SIGTERM, ranks=[2])
-        assert job.wait(60) == [75, 75, 75]
+        assert job.wait(120) == [75, 75, 75]
     assert [(left["code"], left["kind"]) for left in exits(tmp_path / "run")] == [(75, "request")] * 3
 
 
@@ -71,7 +71,7 @@ def test_a_host_without_the_interface_that_is_asked_for_ends_the_start_of_all_at
     settings = pretrain_settings(shards, tmp_path / "run", start={"join_s": 600.0}, engine={"interface": "eth-none"})
     config = write_config(tmp_path / "run.yaml", settings)
     with pretrain_job(config, world_size=2) as job:
-        assert job.wait(60) == [78, 78]
+        assert job.wait(120) == [78, 78]
     assert "engine.interface: 'eth-none' does not exist on" in job.logs[0].read_text()
     assert "Traceback" not in job.output()
 
@@ -83,7 +83,7 @@ def test_a_rank_that_cannot_write_to_the_run_folder_does_not_let_the_others_wait
     settings = pretrain_settings(shards, tmp_path / "run", start={"join_s": 600.0})
     config = write_config(tmp_path / "run.yaml", settings)
     with pretrain_job(config, world_size=2) as job:
-        assert job.wait(60) == [76, 76]
+        assert job.wait(120) == [76, 76]
     assert "0001-rank-00001.txt: cannot be written" in job.logs[1].read_text()
     assert "error" not in job.logs[0].read_text(), "the rank at fault speaks, and no other"
     assert [(left["code"], left["kind"]) for left in exits(tmp_path / "run")] == [(76, "peer"), (76, "fault")]
