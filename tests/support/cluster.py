@@ -132,7 +132,7 @@ class Lab:
             self.command("heal", node)
         self.on("ctl", "scancel", "--full", "--user=root")
         self.on("ctl", "scancel", "--signal=KILL", "--full", "--user=root")
-        self.command("wait-idle", "90")
+        self.command("wait-idle", "180", timeout_s=200)  # beside other work a node takes a minute and more to come back
 
     def processes(self, host: str, mark: str) -> list[str]:
         """Commands of a host's processes that contain a word."""
