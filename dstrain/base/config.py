@@ -12,7 +12,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -220,19 +220,26 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return result
 
 
-def load_config(model: type[ConfigT], path: Path | None, overrides: Sequence[str] = ()) -> ConfigT:
+def load_config(
+    model: type[ConfigT], path: Path | None, overrides: Sequence[str] = (), *, overlay: Mapping[str, Any] | None = None,
+    check: Callable[[Mapping[str, Any]], None] | None = None,
+) -> ConfigT:  # fmt: skip
     """Read, merge and validate a run's configuration.
 
     Args:
         model: the pydantic model of the whole run.
         path: the YAML file, or None for defaults and overrides only.
         overrides: `key.path=value` strings from the command line.
+        overlay: laid over the file, below the overrides.
+        check: looks at what was merged before it is validated, and raises what says more than unknown keys would.
 
     Raises:
         ConfigError: with every problem found, one a line.
     """
     data = read_yaml(path) if path is not None else {}
-    data = merge(data, parse_overrides(overrides))
+    data = merge(merge(data, overlay or {}), parse_overrides(overrides))
+    if check is not None:
+        check(data)
     return validate(model, data, source=str(path) if path is not None else "command line")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dstrain.base.config import Config, merge, parse_overrides, read_yaml, validate
+from dstrain.base.config import Config, load_config, merge, parse_overrides, read_yaml, validate
 from dstrain.base.errors import ConfigError, DstrainError, MachineError, PeerError
 from dstrain.base.privacy import make_private
 from dstrain.base.rank_settings import RankSettings
@@ -207,20 +207,18 @@ def load_stage_config(stage: str, path: Path, overrides: list[str], *, overlay: 
     """The validated configuration of a stage.
 
     Raises:
-        ConfigError: see `base.config.load_config`.
+        ConfigError: see `base.config.load_config`; or the file, or the run folder, is the other stage's.
     """
     from dstrain.stages.config import FinetuneConfig, PretrainConfig
 
     model: type[Config] = PretrainConfig if stage == "pretrain" else FinetuneConfig
-    data = read_yaml(path)
+    below: dict[str, Any] = {}
     if overlay is not None:
         from dstrain.base.storage import read_json
         from dstrain.train.ds_config import check_overlay
 
-        data = merge(data, {"deepspeed": check_overlay(read_json(overlay), source=str(overlay))})
-    data = merge(data, parse_overrides(overrides))
-    _refuse_other_stage(stage, data, path)
-    return validate(model, data, source=str(path))
+        below = {"deepspeed": check_overlay(read_json(overlay), source=str(overlay))}
+    return load_config(model, path, overrides, overlay=below, check=lambda data: _refuse_other_stage(stage, data, path))
 
 
 def _refuse_other_stage(stage: str, data: Mapping[str, Any], path: Path) -> None:
